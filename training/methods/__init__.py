@@ -1,0 +1,13 @@
+"""Methods of transfer by name: a file and a line each."""
+
+from __future__ import annotations
+
+from training.methods import finetune, freezed, reptile, scratch
+from training.methods.method import Method
+
+METHODS: dict[str, Method] = {
+    "scratch": scratch.METHOD,
+    "finetune": finetune.METHOD,
+    "freezed": freezed.METHOD,
+    "reptile": reptile.METHOD,
+}

@@ -1,0 +1,50 @@
+"""Building the networks of a recipe, and moving weights into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_shards.errors import UserError
+from training.checkpoint import load_checkpoint
+from training.draws import generator as draw
+from training.models import MODELS
+from training.recipe import TrainingConfig
+from training.world import device
+
+ImageShape = tuple[int, int, int]
+
+
+def make_networks(config: TrainingConfig, image_shape: ImageShape, seed: int) -> dict[str, nn.Module]:
+    """Fresh networks on this process's device; the same seed gives the same weights on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw(seed, "weights", 0).initial_seed())
+        networks = MODELS[config.generator.model](config, image_shape)
+    return {name: network.to(device()) for name, network in networks.items()}
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, what: str) -> None:
+    """Strict: every tensor must be there and fit.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    own = network.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own:
+            side = "is not in the checkpoint" if name in own else "is in the checkpoint only"
+            raise UserError(f"{what} does not fit this recipe's network: {name} {side}; use the recipe it was trained with.")
+        if own[name].shape != weights[name].shape:
+            raise UserError(f"{what} does not fit this recipe's network: {name} is {tuple(weights[name].shape)} there and "
+                            f"{tuple(own[name].shape)} here; use the recipe it was trained with.")
+    network.load_state_dict(dict(weights))
+
+
+def load_start(networks: Mapping[str, nn.Module], checkpoint: Path) -> None:
+    """Begin from a checkpoint: the averaged generator, which is the better one, and the discriminator."""
+    tensors, _ = load_checkpoint(checkpoint, ("generator_ema", "discriminator"))
+    load_weights(networks["generator"], tensors["generator_ema"], what=f"{checkpoint}/generator_ema.safetensors")
+    load_weights(networks["discriminator"], tensors["discriminator"], what=f"{checkpoint}/discriminator.safetensors")

@@ -1,0 +1,36 @@
+"""Grids of images as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from training.world import device
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """float [-1, 1] -> uint8 on the CPU."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def generate(generator: nn.Module, z: Tensor, batch: int = 250) -> Tensor:
+    """Images uint8 (N, C, H, W) of the latents z (N, latent_dim)."""
+    target = device()
+    return torch.cat([to_uint8(generator(part.to(target))) for part in z.split(batch)])
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8, gap: int = 1) -> None:
+    """Write uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG at native resolution."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 128, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        sheet[:, top:top + height, left:left + width] = image
+    array = sheet.permute(1, 2, 0).contiguous().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array[..., 0] if channels == 1 else array).save(path)

@@ -1,0 +1,140 @@
+"""Pretraining of the source model, on any number of ranks, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_shards import ShardSet, batches
+from data_shards.errors import UserError
+from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
+from training.config import content_id, result_fields
+from training.draws import latents
+from training.ema import make_average
+from training.engines import make_engine
+from training.events import append_event, cut_events
+from training.families import FAMILIES
+from training.loop import Plan, State, train
+from training.networks import load_weights, make_networks
+from training.pictures import generate, save_grid
+from training.recipe import TrainingRecipe, per_worker_batch
+from training.wandb_log import open_run
+from training.world import World
+
+Progress = Callable[[int, dict[str, float]], None]
+
+
+def pretrain_id(recipe: TrainingRecipe, source: ShardSet) -> str:
+    """Identifies what is being pretrained; more ``training.images`` continue the same one."""
+    fields = result_fields(recipe.training)
+    fields.pop("images")
+    return content_id(recipe.seed, fields, result_fields(recipe.data), source.manifest.hash)
+
+
+def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path) -> Path | None:
+    """The checkpoint of a pretraining that has seen all its images, else None.
+
+    Raises:
+        UserError: when the folder holds another recipe's pretraining.
+    """
+    newest = latest_valid(folder)
+    if newest is None:
+        return None
+    _, state = load_checkpoint(newest, ("generator_ema",))
+    check_same_pretraining(state, recipe, source, folder)
+    return newest if state["images"] >= recipe.training.images else None
+
+
+def check_same_pretraining(state: dict[str, Any], recipe: TrainingRecipe, source: ShardSet, folder: Path) -> None:
+    if state["pretrain_id"] != pretrain_id(recipe, source):
+        raise UserError(f"{folder} holds a pretraining by other settings or on other data; give another --out or remove it.")
+
+
+def make_plan(recipe: TrainingRecipe) -> Plan:
+    config = recipe.training
+    return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
+                lr={"generator": config.generator.lr, "discriminator": config.discriminator.lr},
+                weights={"r1": config.objective.r1, "r2": config.objective.r2},
+                ema_halflife_images=config.ema_halflife_images, precision=config.precision,
+                report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
+
+
+def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
+    """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
+
+    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0.
+    """
+    config = recipe.training
+    torch.set_num_threads(config.threads)
+    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
+    folder = run / "pretrain"
+    newest = latest_valid(folder)
+    tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
+    if newest:
+        check_same_pretraining(saved, recipe, source, folder)
+
+    networks = make_networks(config, source.manifest.image_shape, recipe.seed)
+    average = make_average(networks["generator"])
+    if newest:
+        for name, network in {**networks, "generator_ema": average}.items():
+            load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
+    optimizers = {"generator": config.generator, "discriminator": config.discriminator}
+    state = State(
+        engines={name: make_engine(network, optimizers[name], config.engine, world, batch=local_batch,
+                                   state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()},
+        averages={"generator": average}, images=int(saved["images"]))
+
+    lead = world.rank == 0
+    identity = pretrain_id(recipe, source)
+    events = folder / "events.jsonl"
+    if lead:
+        cut_events(events, state.images)
+        save_grid(next(batches(source, batch=32, seed=recipe.seed, streams=1)).images, folder / "reals.png")
+    wandb_run = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="pretrain", run_id=f"pretrain-{identity}",
+                         name="pretrain", settings=recipe.model_dump(mode="json")) if lead else None
+
+    def report(state: State, metrics: dict[str, float]) -> None:
+        if lead:
+            append_event(events, stage="pretrain", images=state.images, metrics=metrics)
+            if wandb_run:
+                wandb_run.log(metrics, state.images)
+            if progress:
+                progress(state.images, metrics)
+
+    def snapshot(state: State) -> None:
+        states = {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
+        if not lead:
+            return
+        weights = {name: network.state_dict() for name, network in {**state.networks, "generator_ema": average}.items()}
+        save_checkpoint(step_folder(folder, state.images), weights | states, {
+            "images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
+            "image_shape": list(source.manifest.image_shape),
+            "data_position": dict(zip(("pass", "samples"), divmod(state.images, len(source.indices())), strict=True)),
+            "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
+            "augmentation": None, "wandb_run_id": f"pretrain-{identity}"})
+        prune(folder, config.keep_checkpoints)
+        z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
+        save_grid(generate(average, z), folder / "samples.png")
+        if wandb_run:
+            wandb_run.log_image("samples", folder / "samples.png")
+
+    feed = batches(source, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
+                   workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window)
+    try:
+        train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
+              report=report, snapshot=snapshot)
+    finally:
+        for engine in state.engines.values():
+            engine.close()
+        if wandb_run:
+            wandb_run.finish()
+    return step_folder(folder, state.images)
+
+
+def _images(feed: Iterator[Any]) -> Iterator[Tensor]:
+    for batch in feed:
+        yield batch.images

@@ -1,0 +1,215 @@
+"""The recipe's sections that `training` owns, and how a recipe file becomes one.
+
+`cluster.recipe.Recipe` extends `TrainingRecipe` by the sections of the packages above (`fanout`, `cluster`); a file that has
+them reads here too, with those two left alone, so that ``python -m training RECIPE`` needs no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from data_shards.errors import UserError
+from training.config import Config, apply_overrides, build, operational
+from training.methods import METHODS
+from training.models import MODELS
+from training.objectives import OBJECTIVES
+from training.optimizers import OPTIMIZERS
+from training.schedule import Schedule, check_schedule
+
+HIGHER_SECTIONS = ("fanout", "cluster")
+SCHEMA_VERSION = 1
+RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def one_of(known: Mapping[str, Any], what: str) -> Any:
+    """A validator that a name is a key of ``known`` and otherwise lists the keys."""
+
+    def check(cls: type, name: str) -> str:
+        if name not in known:
+            raise ValueError(f"there is no such {what}; known: {', '.join(known)}")
+        return name
+
+    return check
+
+
+class DataConfig(Config):
+    source: str = Field(description="set of images to pretrain on: a folder below `root` or a path")
+    root: str = operational("data", "folder that holds the fetched and packed sets")
+    streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
+    window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
+    workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
+
+
+class OptimizerConfig(Config):
+    name: str = Field("adam", description=f"optimizer: {', '.join(OPTIMIZERS)}")
+    lr: Schedule = Field(2e-4, description="learning rate; a number or [[images, value], ...]")
+    betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments, or (momentum, unused)")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, or L2 in Adam and SGD")
+
+    _known = field_validator("name")(one_of(OPTIMIZERS, "optimizer"))
+    _lr = field_validator("lr")(check_schedule)
+
+
+class GeneratorConfig(OptimizerConfig):
+    model: str = Field("dcgan", description="generator and discriminator shape: " + ", ".join(MODELS))
+    channels: int = Field(64, ge=4, description="channels of the layer at full resolution; deeper layers double it")
+    latent_dim: int = Field(128, ge=1, description="size of the latent z ~ N(0, I)")
+
+    _model = field_validator("model")(one_of(MODELS, "model"))
+
+
+class DiscriminatorConfig(OptimizerConfig):
+    channels: int = Field(64, ge=4, description="channels of the first layer; deeper layers double it")
+
+
+class ObjectiveConfig(Config):
+    loss: str = Field("relativistic", description=f"adversarial loss: {', '.join(OBJECTIVES)}")
+    r1: Schedule = Field(1.0, description="weight gamma of the penalty gamma/2 |grad_x D(x)|^2 on real images")
+    r2: Schedule = Field(1.0, description="weight gamma of the same penalty on generated images")
+
+    _known = field_validator("loss")(one_of(OBJECTIVES, "objective"))
+    _schedules = field_validator("r1", "r2")(check_schedule)
+
+
+class EngineConfig(Config):
+    kind: Literal["deepspeed", "torch"] = operational("deepspeed", "who steps the networks; both give the same numbers")
+    zero: Literal[0, 1, 2] = operational(2, "DeepSpeed's ZeRO stage of both engines")
+
+
+class TrainingConfig(Config):
+    family: Literal["gan"] = Field("gan", description="family of generative models")
+    generator: GeneratorConfig = GeneratorConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    engine: EngineConfig = EngineConfig()
+    images: int = Field(ge=0, description="real images seen over the whole pretraining")
+    batch: int = Field(64, ge=1, description="images per step over all workers")
+    ema_halflife_images: Schedule = Field(5000.0, description="half-life of the generator's moving average, in images")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="bf16 autocasts where the processor computes bf16 itself under auto; weights stay fp32")
+    threads: int = Field(1, ge=1, description="CPU threads of each worker and trial")
+    report_every_images: int = operational(4096, "images between two lines of the metrics log", ge=1)
+    snapshot_every_images: int = operational(32768, "images between two checkpoints", ge=1)
+    keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
+
+    _schedule = field_validator("ema_halflife_images")(check_schedule)
+
+
+class MetaConfig(Config):
+    steps: int = Field(0, ge=0, description="outer steps of meta-training; 0 leaves it out")
+    tasks: int = Field(4, ge=1, description="tasks (source classes) per outer step")
+    shots: int = Field(10, ge=1, description="support images of a task")
+    inner_steps: int = Field(10, ge=1, description="gradient steps of G and D within a task")
+    inner_batch: int = Field(16, ge=1, description="images per inner step")
+    inner_lr: float = Field(2e-4, gt=0, description="learning rate of the inner loop")
+    outer_lr: Schedule = Field(0.5, description="share of the mean task update that the shared weights take")
+    report_every_steps: int = operational(5, "outer steps between two lines of the metrics log", ge=1)
+    snapshot_every_steps: int = operational(50, "outer steps between two checkpoints", ge=1)
+
+    _schedule = field_validator("outer_lr")(check_schedule)
+
+
+class AdaptationConfig(Config):
+    shots: int = Field(10, ge=1, description="support images of a target domain")
+    batch: int = Field(16, ge=1, description="images per step")
+    images: int = Field(1600, ge=1, description="real images seen by one trial, repeats of the support set counted")
+    lr: Schedule = Field(2e-4, description="learning rate of both networks")
+    betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments")
+    r1: Schedule = Field(1.0, description="weight of R1")
+    r2: Schedule = Field(1.0, description="weight of R2")
+    frozen_blocks: int = Field(2, ge=0, description="FreezeD: blocks of D, from the image side, that stay fixed")
+    ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
+
+    _schedules = field_validator("lr", "r1", "r2")(check_schedule)
+
+
+class EvaluationConfig(Config):
+    net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception")
+    samples: int = Field(500, ge=8, description="generated images per score")
+    encoder_images: int = Field(120_000, ge=1, description="images seen by the in-domain encoder's training")
+
+
+class WandbConfig(Config):
+    mode: Literal["auto", "online", "offline", "disabled"] = operational(
+        "auto", "auto is online where an API key is known, and offline otherwise")
+    project: str = operational("graft", "W&B project")
+    entity: str | None = operational(None, "W&B user or team; null is the key's own")
+
+
+class TrainingRecipe(Config):
+    """What ``python -m training`` reads."""
+
+    name: str = operational("", "name of the run; the file's name when empty")
+    seed: int = Field(0, ge=0, description="seed of every random draw")
+    data: DataConfig
+    training: TrainingConfig
+    meta: MetaConfig = MetaConfig()
+    adaptation: AdaptationConfig = AdaptationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _sizes(self) -> TrainingRecipe:
+        if self.adaptation.batch > self.adaptation.images:
+            raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
+                            f"{self.adaptation.batch}; raise it.")
+        return self
+
+
+RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as a name in the recipes folder.
+
+    Raises:
+        UserError: when there is none, with the known names.
+    """
+    for path in (Path(name), RECIPES_FOLDER / name, RECIPES_FOLDER / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml")))
+    raise UserError(f"there is no recipe {name!r}: give a path to a YAML file or one of {known}.")
+
+
+def read_recipe(model: type[RecipeT], name: str, overrides: Mapping[str, Any] | None = None) -> RecipeT:
+    """Read, override and validate a recipe; every stage and every trial gets its values through here."""
+    path = find_recipe(name)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a mapping of recipe keys; start from `graft recipes show smoke`.")
+    tree = apply_overrides(tree, overrides or {})
+    tree.setdefault("name", path.stem)
+    return resolve(model, tree, where=str(path))
+
+
+def resolve(model: type[RecipeT], tree: Mapping[str, Any], *, where: str) -> RecipeT:
+    """Validate a recipe's tree, with the sections of packages above left out where ``model`` has none."""
+    known = {key: value for key, value in tree.items() if key in model.model_fields or key not in HIGHER_SECTIONS}
+    return build(model, known, where=where)
+
+
+def per_worker_batch(batch: int, workers: int, streams: int) -> int:
+    """Global batch / workers.
+
+    Raises:
+        UserError: when the batch or the canonical streams do not divide, with the nearest values that do.
+    """
+    if batch % workers:
+        lower = batch - batch % workers
+        raise UserError(f"training.batch = {batch} does not divide over {workers} workers; "
+                        f"use {lower or workers} or {lower + workers}.")
+    if streams % workers:
+        divisors = [str(w) for w in range(1, streams + 1) if streams % w == 0]
+        raise UserError(f"{workers} workers do not divide the {streams} canonical streams (data.streams); "
+                        f"use one of {', '.join(divisors)}.")
+    return batch // workers

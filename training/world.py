@@ -1,0 +1,52 @@
+"""Which part of the global batch is this process's, and sums over all processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank of this process among ``size``; entry k of a global batch belongs to rank k mod size."""
+
+    rank: int = 0
+    size: int = 1
+
+    def slice(self, batch: Tensor) -> Tensor:
+        """This rank's entries of a global batch (dimension 0)."""
+        return batch[self.rank::self.size]
+
+
+def current_world() -> World:
+    """The process group's world, or one process where there is no group."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+
+
+def join_world() -> World:
+    """Join the group that a launcher's RANK and WORLD_SIZE describe, if any and not joined yet."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return current_world()
+
+
+def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
+    """Mean of each named value over the ranks; every rank must pass the same names."""
+    if world.size == 1:
+        return dict(values)
+    names = sorted(values)
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return dict(zip(names, (total / world.size).tolist(), strict=True))
+
+
+def device() -> torch.device:
+    """The accelerator of this process (LOCAL_RANK's), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
