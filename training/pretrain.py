@@ -32,7 +32,7 @@ def pretrain_id(recipe: TrainingRecipe, source: ShardSet) -> str:
     """Identifies what is being pretrained; more ``training.images`` continue the same one."""
     fields = result_fields(recipe.training)
     fields.pop("images")
-    return content_id(recipe.seed, fields, result_fields(recipe.data), source.manifest.hash)
+    return content_id(recipe.seed, fields, result_fields(recipe.data), source.manifest.sha256)
 
 
 def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path) -> Path | None:

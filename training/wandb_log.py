@@ -1,6 +1,6 @@
-"""W&B logging: one W&B run per pretraining or trial, offline unless an API key is known. The only file that imports wandb.
+"""W&B logging: one W&B run per pretraining or trial, offline unless an API key is known; no other file imports wandb.
 
-Three promises: nothing waits for the network beyond the two timeouts below; nothing secret is handed over; and no failure
+Three promises: nothing waits for the network beyond the two timeouts below; nothing secret is handed over; no failure
 of W&B ends training. The last one makes this the one place that catches every ``Exception``: W&B raises its own errors,
 protobuf's, socket's and pydantic's, and none of them is worth an hour of training. Each becomes one warning line, and
 the run's logger is quiet from then on. The numbers themselves are in the run folder's events.jsonl.
@@ -88,7 +88,8 @@ class WandbRun:
     def __enter__(self) -> WandbRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.finish(exit_code=0 if kind is None else 1)
 
 
@@ -120,6 +121,8 @@ def open_run(
     mode = choose_mode(config.mode)
     if mode == "disabled":
         return WandbRun()
+    root = folder.resolve()
+    _keep_below(root / "wandb")
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
@@ -127,9 +130,8 @@ def open_run(
                         "install it (pip install wandb) or set wandb.mode=disabled.") from error
     if mode == "online" and _online_failed:
         mode = "offline"
-    root = folder.resolve()
-    first_step = STEPS_PER_ATTEMPT * len(glob.glob(f"*run-*-{glob.escape(run_id)}*", root_dir=root / "wandb"))
-    _keep_below(root / "wandb")
+    attempts = glob.glob(f"*run-*-{glob.escape(run_id)}*", root_dir=root / "wandb")
+    first_step = STEPS_PER_ATTEMPT * len(attempts)
 
     def start(chosen: str) -> Any:
         return wandb.init(
@@ -164,7 +166,7 @@ def open_run(
 
     run = None
     if mode == "online":
-        run = _guarded("connect within the timeout, so runs of this process stay offline", lambda: start("online"))
+        run = _guarded("connect, so this process logs offline", lambda: start("online"))
         _online_failed = run is None
         if _online_failed:
             _guarded("shut down", wandb.teardown, quiet=True)  # its service process still holds the run's id
@@ -213,8 +215,10 @@ def api_key_known() -> bool:
 
 
 def redact(value: Any) -> Any:
-    """A copy of a JSON-like value without secrets: values of keys that end like KEY, TOKEN, SECRET or PASSWORD, user names
-    and passwords in URLs, and signatures in their queries."""
+    """A copy of a JSON-like value without secrets.
+
+    Redacted are values of keys that end like KEY, TOKEN, SECRET or PASSWORD, URL userinfo, signatures in URL queries.
+    """
     if isinstance(value, Mapping):
         return {str(key): REDACTED if _SECRET_NAME.search(str(key)) and item not in (None, "") else redact(item)
                 for key, item in value.items()}
@@ -227,9 +231,10 @@ def redact(value: Any) -> Any:
 
 
 def _keep_below(folder: Path) -> None:
-    """Point W&B's staging, cache and artifact folders into the run: an offline table is lost with ~/.local otherwise."""
-    for variable, name in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache"), ("WANDB_ARTIFACT_DIR", "artifacts")):
-        os.environ[variable] = str(folder / name)
+    """Point W&B's staging, cache and artifacts into the run: an offline table would be lost with ~/.local."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports cost 20 s at exit where no network answers
+    for name in ("data", "cache", "artifact"):
+        os.environ[f"WANDB_{name.upper()}_DIR"] = str(folder / name)
 
 
 def _guarded(what: str, call: Callable[[], Any], *, quiet: bool = False) -> Any:
@@ -239,5 +244,5 @@ def _guarded(what: str, call: Callable[[], Any], *, quiet: bool = False) -> Any:
     except Exception as error:
         if not quiet:
             reason = redact(" ".join(str(error).split())) or "no reason given"
-            _log.warning("W&B could not %s (%s: %s); training goes on without it.", what, type(error).__name__, reason)
+            _log.warning("W&B could not %s (%s: %s); training goes on.", what, type(error).__name__, reason)
         return None

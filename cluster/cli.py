@@ -1,0 +1,378 @@
+"""The command line. Every command imports what it needs when it runs, so that `graft --help` is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+app = typer.Typer(name="graft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Pretrain one GAN, adapt it to many small domains in parallel, and say which way worked.",
+                  epilog="Example: graft run recipes/smoke.yaml")
+shards = typer.Typer(no_args_is_help=True, help="Images to shards: datasets by name, or any folder of images.",
+                     epilog="Example: graft shards pack photos --out data/photos --size 32")
+jobs = typer.Typer(no_args_is_help=True, help="Jobs that were sent to a Ray cluster.",
+                   epilog="Example: graft jobs list --address http://head:8265")
+recipes = typer.Typer(no_args_is_help=True, help="Recipes: list them, print one resolved, print every key.",
+                      epilog="Example: graft recipes show demo")
+app.add_typer(shards, name="shards")
+app.add_typer(jobs, name="jobs")
+app.add_typer(recipes, name="recipes")
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, or its name in recipes/.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")]
+Out = Annotated[str | None, typer.Option("--out", help="The run's folder; runs/<recipe name> by default.")]
+Address = Annotated[str | None, typer.Option("--address", help="Join this Ray cluster, HOST:6379 or auto.")]
+Dashboard = Annotated[str | None, typer.Option("--address", help="The cluster's dashboard, http://HOST:8265.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set or manifest.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+ShardFolder = Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards.")]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, as `graft submit` printed it.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 the caller's mistake in one sentence, 1 anything else."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="graft")
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:
+            print("graft: interrupted; the same command goes on from where it was", file=sys.stderr)
+            return 1
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except Exception as error:
+        sentence = _mistake(error)
+        if sentence is None:
+            raise
+        print(f"graft: {sentence}", file=sys.stderr)
+        return 1 if type(error).__name__ == "JobFailed" else 2
+    return 0
+
+
+def _mistake(error: BaseException) -> str | None:
+    """The sentence of an error that needs no traceback, also when a Ray process raised it; None for any other."""
+    from cluster.errors import JobFailed
+    from data_shards.errors import UserError
+
+    cause = getattr(error, "cause", None)  # Ray wraps what a remote process raised
+    for candidate in (cause, error):
+        if isinstance(candidate, UserError | JobFailed):
+            return " ".join(str(candidate).split())
+    return None
+
+
+# ---- a run and its stages
+
+
+def _run(recipe: str, sets: list[str] | None, out: str | None, address: str | None, dry_run: bool,
+         stages: tuple[str, ...] | None) -> None:
+    from cluster.recipe import Recipe as Model
+    from cluster.run import run as run_stages
+    from training.config import parse_overrides
+    from training.recipe import read_recipe
+
+    resolved = read_recipe(Model, recipe, parse_overrides(sets or []))
+    run_stages(resolved, _folder(out or f"runs/{resolved.name}"), stages=stages, address=address, dry_run=dry_run)
+
+
+@app.command(epilog="Example: graft run recipes/demo.yaml --set training.images=50000 --out runs/short")
+def run(recipe: Recipe, sets: Sets = None, out: Out = None, address: Address = None, dry_run: DryRun = False) -> None:
+    """Everything: shards, pretraining, meta-training, fan-out, report. The same command again resumes."""
+    _run(recipe, sets, out, address, dry_run, None)
+
+
+@app.command(epilog="Example: graft pretrain demo --set training.engine.zero=1")
+def pretrain(recipe: Recipe, sets: Sets = None, out: Out = None, address: Address = None,
+             dry_run: DryRun = False) -> None:
+    """Shards and the pretraining of the source model."""
+    _run(recipe, sets, out, address, dry_run, ("shards", "pretrain"))
+
+
+@app.command(epilog="Example: graft metatrain demo --set meta.steps=100")
+def metatrain(recipe: Recipe, sets: Sets = None, out: Out = None, address: Address = None,
+              dry_run: DryRun = False) -> None:
+    """Shards, pretraining, and meta-training from the pretrained weights."""
+    _run(recipe, sets, out, address, dry_run, ("shards", "pretrain", "metatrain"))
+
+
+@app.command(epilog="Example: graft adapt demo --set adaptation.shots=5 --out runs/demo")
+def adapt(recipe: Recipe, sets: Sets = None, out: Out = None, address: Address = None, dry_run: DryRun = False) -> None:
+    """The fan-out over the target domains, from a pretrained run."""
+    _run(recipe, sets, out, address, dry_run, ("shards", "encoder", "fanout"))
+
+
+@app.command(epilog="Example: graft evaluate runs/demo --net inception")
+def evaluate(run: Run, net: Annotated[str, typer.Option(help="Feature net of the scores.")] = "inception",
+             address: Address = None) -> None:
+    """Score the winners of a run again, in another feature net."""
+    folder = _existing_run(run)
+    from cluster.evaluate import evaluate as score
+
+    score(folder, net=net, address=address)
+
+
+@app.command(epilog="Example: graft report runs/demo")
+def report(run: Run) -> None:
+    """Make the page of a run again."""
+    folder = _existing_run(run)
+    from cluster.report import build_report
+
+    print(build_report(folder))
+
+
+@app.command(epilog="Example: graft sample runs/demo --out grid.png --count 64")
+def sample(run: Run, out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
+           stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
+           trial: Annotated[str | None, typer.Option(help="Id of a trial instead of a stage.")] = None,
+           count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 64,
+           seed: Annotated[int, typer.Option(min=0, help="Seed of the latents.")] = 0) -> None:
+    """A grid of generated pictures."""
+    checkpoint = _checkpoint(_existing_run(run), stage, trial)
+    from training.sample import sample_grid
+
+    sample_grid(checkpoint, out, count, seed)
+    print(out)
+
+
+# ---- shards
+
+
+@shards.command(epilog="Example: graft shards fetch quickdraw")
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, mnist, kanjivg ...")],
+          root: Annotated[Path, typer.Option(help="Folder that holds all sets.")] = Path("data")) -> None:
+    """Get a dataset by name and pack its sets; what is there and intact is kept."""
+    from data_shards import fetch as fetch_sets
+
+    with _progress(name) as show:
+        found = fetch_sets(name, root, progress=lambda what, which, done, total: show(done, total, f"{what} {which}"))
+    print(f"{name}: {len(found.sets)} sets in {root / name}, {found.packed} packed, {found.kept} kept")
+
+
+@shards.command(epilog="Example: graft shards pack photos --out data/photos --size 32 --channels 3 --reference 0.5")
+def pack(source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images.")],
+         out: Annotated[Path, typer.Option("--out", metavar="DST", help="Folder for the shards.")],
+         size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
+         channels: Annotated[int, typer.Option(help="1 gray, 3 colour.")] = 3,
+         reference: Annotated[float, typer.Option(help="Share of the images held out for scores.")] = 0.5,
+         max_bad: Annotated[int, typer.Option(help="Unreadable images that are left out before it is an error.")] = 0,
+         overwrite: Overwrite = False) -> None:
+    """Pack a folder of images; its subfolders are the classes."""
+    from data_shards import pack_folder
+
+    with _progress(source.name) as show:
+        made = pack_folder(source, out, size, channels, reference=reference, max_bad=max_bad, overwrite=overwrite,
+                           progress=show)
+    print(f"{out}: {len(made)} images in {len(made.manifest.shards)} shards, {len(made.manifest.bad)} left out")
+
+
+@shards.command(epilog="Example: graft shards index /data/my-tars --channels 3")
+def index(path: ShardFolder, channels: Annotated[int, typer.Option(help="1 gray, 3 colour.")] = 3,
+          overwrite: Overwrite = False) -> None:
+    """Make the manifest of WebDataset tars that another tool wrote."""
+    from data_shards import index_tars
+
+    with _progress(path.name) as show:
+        made = index_tars(path, channels=channels, overwrite=overwrite, progress=show)
+    print(f"{path}: {len(made)} images in {len(made.manifest.shards)} shards")
+
+
+@shards.command(epilog="Example: graft shards info data/quickdraw/source")
+def info(path: ShardFolder) -> None:
+    """What a set holds, as JSON."""
+    from data_shards import info as describe_set
+    from data_shards import open_set
+
+    print(json.dumps(describe_set(open_set(path)), indent=2, ensure_ascii=False))
+
+
+@shards.command(epilog="Example: graft shards verify data/quickdraw/source")
+def verify(path: ShardFolder) -> None:
+    """Hash every shard again and compare with the manifest."""
+    from data_shards import open_set
+    from data_shards import verify as verify_set
+
+    opened = open_set(path)
+    with _progress(path.name) as show:
+        verify_set(opened, progress=show)
+    print(f"{path}: {len(opened.manifest.shards)} shards are the ones of the manifest")
+
+
+# ---- clusters
+
+
+@app.command(epilog="Example: graft submit demo --to ray --address http://head:8265 --out /shared/runs/demo --wait")
+def submit(recipe: Recipe, address: Dashboard = None, sets: Sets = None, out: Out = None,
+           to: Annotated[str, typer.Option("--to", help="Kind of cluster: ray.")] = "ray",
+           python: Annotated[str | None, typer.Option(help="Python of the cluster's head node.")] = None,
+           wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the end.")] = False,
+           dry_run: DryRun = False) -> None:
+    """Send `graft run RECIPE` to a Ray cluster through its Jobs API."""
+    from cluster.submit import submit as send
+
+    send(recipe, to=to, address=address, overrides=sets or (), out=out, python=python, wait=wait, dry_run=dry_run)
+
+
+@jobs.command("list", epilog="Example: graft jobs list --address http://head:8265")
+def list_jobs(address: Dashboard = None) -> None:
+    """The cluster's jobs, newest first."""
+    import time
+
+    from cluster.submit import jobs_list
+
+    found = jobs_list(address=address)
+    for job in found:
+        start = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["start"]))
+        print(f"{job['job']}  {job['status']:9}  {start}  {job['seconds']:8.0f} s")
+    if not found:
+        print("no jobs", file=sys.stderr)
+
+
+@jobs.command("logs", epilog="Example: graft jobs logs demo-1a2b3c-20260101-120000 --follow")
+def job_logs(job: Job, address: Dashboard = None,
+             follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False) -> None:
+    """What a job has printed."""
+    from cluster.submit import jobs_logs
+
+    jobs_logs(job, address=address, follow=follow)
+
+
+@jobs.command("stop", epilog="Example: graft jobs stop demo-1a2b3c-20260101-120000")
+def stop_job(job: Job, address: Dashboard = None) -> None:
+    """Stop a job; submitted again, the run goes on from its last checkpoint."""
+    from cluster.submit import jobs_stop
+
+    print(f"{job} {jobs_stop(job, address=address)}")
+
+
+@jobs.command("wait", epilog="Example: graft jobs wait demo-1a2b3c-20260101-120000 --follow")
+def wait_job(job: Job, address: Dashboard = None,
+             follow: Annotated[bool, typer.Option("--follow", help="Print the log meanwhile.")] = False,
+             timeout_s: Annotated[float | None, typer.Option(help="Give up waiting after so many seconds.")] = None,
+             ) -> None:
+    """Wait for a job's end; exit code 0 when it succeeded, 1 when not."""
+    from cluster.submit import jobs_wait
+
+    jobs_wait(job, address=address, follow=follow, timeout_s=timeout_s)
+    print(f"{job} SUCCEEDED")
+
+
+# ---- recipes and the installation
+
+
+@recipes.command("list", epilog="Example: graft recipes list")
+def list_recipes() -> None:
+    """The recipes that come with graft, each with the first line of its file."""
+    from training.recipe import RECIPES_FOLDER
+
+    for path in sorted(RECIPES_FOLDER.glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        print(f"{path.stem:32} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+
+
+@recipes.command(epilog="Example: graft recipes show demo --set training.batch=32")
+def show(name: Recipe, sets: Sets = None) -> None:
+    """A recipe with every default written out, as YAML with a description beside each value."""
+    from cluster.recipe import Recipe as Model
+    from cluster.recipe_text import as_yaml
+    from training.config import parse_overrides
+    from training.recipe import read_recipe
+
+    print(as_yaml(read_recipe(Model, name, parse_overrides(sets or []))), end="")
+
+
+@recipes.command(epilog="Example: graft recipes schema > recipe.schema.json")
+def schema(markdown: Annotated[bool, typer.Option("--markdown", help="A page for people.")] = False) -> None:
+    """Every key a recipe can have, as a JSON schema or as Markdown."""
+    from cluster.recipe import Recipe as Model
+    from cluster.recipe_text import as_markdown
+
+    print(as_markdown(Model) if markdown else json.dumps(Model.model_json_schema(), indent=2))
+
+
+@app.command(epilog="Example: graft doctor")
+def doctor() -> None:
+    """What graft finds on this machine, one line each."""
+    from cluster.doctor import checks
+
+    for name, state, text in checks():
+        print(f"{state:5} {name:10} {text}", flush=True)
+
+
+@app.command(epilog="Example: graft version")
+def version() -> None:
+    """graft's version."""
+    from importlib import metadata
+
+    try:
+        print(f"graft {metadata.version('graft-gan')}")
+    except metadata.PackageNotFoundError:  # a checkout on a cluster's node
+        print("graft (from a checkout)")
+
+
+# ---- helpers
+
+
+def _folder(text: str) -> Path:
+    from data_shards.errors import UserError
+
+    if "://" in text:
+        raise UserError(f"--out {text} is a URL; this version writes to a local or shared path, such as runs/demo.")
+    return Path(text)
+
+
+def _existing_run(folder: Path) -> Path:
+    from data_shards.errors import UserError
+
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is not a run's folder (it has no recipe.yaml); make one with `graft run RECIPE "
+                        f"--out {folder}`.")
+    return folder
+
+
+def _checkpoint(run: Path, stage: str, trial: str | None) -> Path:
+    from data_shards.errors import UserError
+    from training.checkpoint import latest_valid
+
+    if trial is not None:
+        known = {path.parent.name: path for path in sorted(run.glob("domains/*/*/best"))}
+        if trial not in known:
+            raise UserError(f"run {run} has no trial {trial!r}; its trials: {', '.join(known) or 'none yet'}.")
+        return known[trial]
+    parents = {"pretrain": [run / "pretrain"], "meta": sorted(run.glob("meta/*"))}
+    if stage not in parents:
+        raise UserError(f"--stage {stage!r} is unknown; choose one of {', '.join(parents)}.")
+    for parent in parents[stage]:
+        if (found := latest_valid(parent)) is not None:
+            return found
+    command = {"pretrain": "pretrain", "meta": "metatrain"}[stage]
+    raise UserError(f"run {run} has no checkpoint of {stage} yet; make one with `graft {command} RECIPE --out {run}`.")
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Callable[..., None]]:
+    """`show(done, total, text)`: a bar on a terminal, and a line at each tenth elsewhere."""
+    if sys.stdout.isatty() and not os.environ.get("CI"):
+        from rich.progress import Progress
+
+        with Progress() as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total, text=label: bar.update(task, completed=done, total=total or None,
+                                                             description=text)
+    else:
+        tenths: list[Any] = []
+
+        def show(done: int, total: int, text: str = label) -> None:
+            tenth = 10 * done // total if total else -1
+            if tenth not in tenths:
+                tenths.append(tenth)
+                print(f"{text} {done}/{total}" if total else text, flush=True)
+
+        yield show

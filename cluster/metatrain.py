@@ -1,0 +1,48 @@
+"""Meta-training with its tasks spread over Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.progress import progress
+from cluster.recipe import Recipe
+from data_shards import ShardSet
+from training.checkpoint import checkpoint_hash
+from training.meta.reptile import InnerLoop, Task, TaskResult, metatrain
+
+
+def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -> Path:
+    """Meta-train from ``start`` on; the tasks of an outer step run on one actor per trial's share of the cluster."""
+    import ray
+
+    available = ray.cluster_resources()
+    needs = recipe.cluster.trial_resources
+    count = max(1, min([recipe.meta.tasks, *(int(available.get(name, 0) // need) for name, need in needs.items())]))
+    actor = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=3, max_task_retries=3)(TaskRunner)
+    actors = [actor.remote() for _ in range(count)]
+
+    def map_tasks(inner: Callable[[InnerLoop, Task], TaskResult], loop: InnerLoop, tasks: list[Task]) -> list[TaskResult]:
+        shared = ray.put(loop)
+        return ray.get([actors[i % count].run.remote(inner, shared, task) for i, task in enumerate(tasks)])
+
+    try:
+        with progress("meta-train", recipe.meta.steps, "steps") as show:
+            def report(step: int, total: int, metrics: dict[str, float]) -> None:
+                rate = metrics["images_per_second"]
+                left = (total - step) * recipe.meta.tasks * recipe.meta.inner_steps * recipe.meta.inner_batch / rate
+                show(step, f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
+                           f"G {metrics['generator/adversarial']:.3f}  {left / 60:.1f} min left")
+
+            return metatrain(recipe, source, run, start, checkpoint_hash(start), map_tasks=map_tasks, progress=report)
+    finally:
+        for running in actors:
+            ray.kill(running)
+
+
+class TaskRunner:
+    """An actor: keeps the process, its imports and its open shards over the tasks."""
+
+    def run(self, inner: Callable[[InnerLoop, Task], TaskResult], loop: InnerLoop, task: Task) -> Any:
+        return inner(loop, task)

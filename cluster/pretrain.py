@@ -1,0 +1,90 @@
+"""Pretraining as a Ray Train run. The run's folder is the only truth: Ray's own storage is scratch and never resumed from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cluster.progress import progress
+from cluster.recipe import Recipe
+from data_shards import ShardSet
+from training.events import read_events
+from training.pretrain import finished_pretraining
+
+POLL_S = 1.0
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs; each attempt resumes from the run's newest good checkpoint."""
+    from data_shards import open_set
+    from training.pretrain import pretrain
+    from training.world import current_world
+
+    logging.getLogger("graft").setLevel(logging.WARNING)
+    pretrain(Recipe.model_validate(config["recipe"]), open_set(config["source"]), Path(config["run"]), current_world())
+
+
+def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
+    """Pretrain on ``recipe.cluster.workers`` workers of the joined Ray; returns the last checkpoint.
+
+    Raises:
+        RuntimeError: the worker's own error, after the recipe's retries.
+    """
+    import ray.train
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
+    config = {"recipe": recipe.model_dump(mode="json"), "source": str(source.path.resolve()), "run": str(run)}
+    trainer = TorchTrainer(
+        worker, train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=recipe.cluster.workers, use_gpu=recipe.cluster.gpus_per_worker > 0,
+                                     resources_per_worker=recipe.cluster.worker_resources),
+        run_config=RunConfig(
+            name=f"{recipe.name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=recipe.cluster.max_failures, controller_failure_limit=3)))
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(run / "pretrain" / "events.jsonl", recipe.training.images, stop))
+    watcher.start()
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        failures = list(error.worker_failures.values())
+        raise RuntimeError(f"pretraining stopped: {_last_line(failures[0]) if failures else error}") from error
+    finally:
+        stop.set()
+        watcher.join()
+        with suppress(OSError):
+            shutil.rmtree(storage)
+    checkpoint = finished_pretraining(recipe, source, run / "pretrain")
+    assert checkpoint, "Ray Train returned before all images were seen"
+    return checkpoint
+
+
+def _watch(events: Path, total: int, stop: threading.Event) -> None:
+    """Show the metrics log as rank 0 writes it."""
+    shown = len(read_events(events))
+    with progress("pretrain", total, "images") as show:
+        while True:
+            last = stop.wait(POLL_S)
+            lines = read_events(events)
+            for event in lines[min(shown, len(lines)):]:
+                metrics = event["metrics"]
+                rate = metrics["images_per_second"]
+                show(event["images"], f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
+                                      f"G {metrics['generator/adversarial']:.3f}  "
+                                      f"{max(total - event['images'], 0) / rate / 60:.1f} min left")
+            shown = len(lines)
+            if last:
+                return
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

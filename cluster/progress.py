@@ -1,0 +1,29 @@
+"""Progress of long work: a bar on a terminal, one line per report elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Show(Protocol):
+    def __call__(self, done: float, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str) -> Iterator[Show]:
+    """A callback ``show(done, note)`` for the length of the block."""
+    if console.is_terminal:
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                   TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bars:
+            task = bars.add_task(label, total=total, note="")
+            yield lambda done, note="": bars.update(task, completed=min(done, total), note=note)
+    else:
+        yield lambda done, note="": console.print(f"{label}  {done:.0f}/{total:.0f} {unit}  {note}", markup=False)

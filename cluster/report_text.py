@@ -1,0 +1,154 @@
+"""What the report says in words and numbers, for the page and for the terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from scipy.special import stdtrit
+
+METHOD_NAMES = {"scratch": "from scratch", "finetune": "full fine-tuning", "freezed": "FreezeD", "reptile": "Reptile"}
+SYMBOLS = {"positive": "▲", "neutral": "■", "negative": "▼", "disqualified": "⊘"}
+Row = Mapping[str, Any]
+
+
+def state_of(verdict: Row) -> str | None:
+    """positive | neutral | negative | disqualified; None for scratch itself and where there is no verdict."""
+    return "disqualified" if verdict.get("disqualified") else verdict.get("verdict")
+
+
+def headline(verdicts: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """Sentences that sum the verdicts up, the method that helped most often first."""
+    counts = {method: Counter(state_of(v) for v in verdicts if v.get("method") == method)
+              for method in methods if method != "scratch"}
+    counts = {method: states for method, states in counts.items() if states.total()}
+    if not counts:
+        return []
+    sentences = []
+    for method in sorted(counts, key=lambda m: -counts[m]["positive"]):
+        states, name = counts[method], method_name(method)
+        hurt = f"negative on {states['negative'] or 'none'}"
+        copied = f"; {states['disqualified']} disqualified for copying" if states["disqualified"] else ""
+        helped = f"helped on {states['positive'] or 'none'} of {states.total()} domain{'s' * (states.total() != 1)}"
+        sentences.append(f"{name[0].upper()}{name[1:]} {helped}; {hurt}{copied}.")
+    return sentences
+
+
+def order_methods(names: Iterable[Any]) -> list[str]:
+    """The methods in the order of METHOD_NAMES, others after them by name."""
+    known = list(METHOD_NAMES)
+    unique = {str(name) for name in names}
+    return sorted(unique, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def method_name(method: Any) -> str:
+    return METHOD_NAMES.get(str(method), str(method))
+
+
+def finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def decimals(values: Iterable[Any], digits: int = 3) -> int:
+    """Decimal places that give a column's typical value ``digits`` significant digits, so that its points line up."""
+    sizes = [abs(value) for value in values if finite(value) and value]
+    return max(0, min(6, digits - 1 - math.floor(math.log10(statistics.median(sizes))))) if sizes else digits
+
+
+def gain_decimals(verdicts: Iterable[Row]) -> int:
+    return decimals(v.get("gain_over_scratch") for v in verdicts if v.get("method") != "scratch")
+
+
+def number(value: Any, places: int = 2) -> str:
+    """With a true minus sign and thin thousands; an en dash where there is no number."""
+    return f"{value:,.{places}f}".replace("-", "−").replace(",", "\u202f") if finite(value) else "–"
+
+
+def signed(value: Any, places: int = 2) -> str:
+    return ("+" if finite(value) and value > 0 else "") + number(value, places)
+
+
+def count(value: Any) -> str:
+    return number(value, 0)
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as s, min or h."""
+    if not finite(seconds):
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# ---- the terminal
+
+
+def leaderboard_table(leaderboard: Mapping[str, Any]) -> Table:
+    """One line per domain and method."""
+    verdicts = leaderboard.get("verdicts") or []
+    finals = [row for row in leaderboard.get("rows") or [] if row.get("phase") != "search"]
+    methods = order_methods(v.get("method") for v in verdicts)
+    kid = decimals(v.get("kid_mean") for v in verdicts)
+    gain = gain_decimals(verdicts)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("domain", "method"):
+        table.add_column(name, no_wrap=name == "method")
+    for name in ("KID [95 %]", "gain [95 %]"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    table.add_column("copies", justify="right")
+    table.add_column("seeds", justify="right")
+    last = None
+    domains = list(dict.fromkeys(str(v.get("domain")) for v in verdicts))
+    for v in sorted(verdicts, key=lambda v: (domains.index(str(v.get("domain"))), methods.index(str(v.get("method"))))):
+        state = state_of(v)
+        said = f"{SYMBOLS[state]} {state}" if state in SYMBOLS else "control" if v.get("method") == "scratch" else "–"
+        style = {"positive": "green", "negative": "red", "disqualified": "yellow"}.get(str(state), "")
+        if v.get("disqualified"):
+            said += f" ({v['disqualified']}/{v.get('seeds', '?')} copied)"
+        domain = str(v.get("domain"))
+        control = v.get("method") == "scratch"
+        gained = with_interval(signed(v.get("gain_over_scratch"), gain), v.get("gain_ci95"), gain)
+        table.add_row(Text(domain if domain != last else ""), Text(str(v.get("method"))),
+                      Text(with_interval(number(v.get("kid_mean"), kid), kid_interval(v, finals), kid)),
+                      Text("–" if control else gained),
+                      Text(said, style=style), Text(percent(v.get("copy_rate_mean"))), Text(str(v.get("seeds", "–"))))
+        last = domain
+    return table
+
+
+def leaderboard_text(leaderboard: Mapping[str, Any], width: int = 100) -> str:
+    """The table as plain text of at most ``width`` columns."""
+    console = Console(width=width, file=io.StringIO(), color_system=None, force_terminal=False)
+    console.print(leaderboard_table(leaderboard))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def kid_interval(verdict: Row, finals: Sequence[Row]) -> tuple[float, float] | None:
+    """95 % t interval of the mean KID over the final trials (seeds) of a verdict's domain and method."""
+    kids = [row["kid"] for row in finals if finite(row.get("kid")) and row.get("domain") == verdict.get("domain")
+            and row.get("method") == verdict.get("method")]
+    if len(kids) < 2:
+        return None
+    half = float(stdtrit(len(kids) - 1, 0.975)) * statistics.stdev(kids) / math.sqrt(len(kids))
+    middle = statistics.fmean(kids)
+    return middle - half, middle + half
+
+
+def with_interval(value: str, interval: Any, places: int) -> str:
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not all(map(finite, interval)):
+        return value
+    return f"{value} [{number(interval[0], places)}, {number(interval[1], places)}]"
+
+
+def percent(value: Any) -> str:
+    return f"{100 * value:.0f} %" if finite(value) else "–"

@@ -1,0 +1,264 @@
+"""The whole job, stage by stage. What a stage left in the run's folder is not done again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.fanout import Board, fan_out
+from cluster.leaderboard import build_leaderboard
+from cluster.metatrain import metatrain_on_ray
+from cluster.pretrain import pretrain_on_ray
+from cluster.progress import console, progress
+from cluster.recipe import Recipe
+from cluster.session import preflight, ray_session
+from data_shards import DATASETS, ShardSet, fetch, load_images, open_set
+from data_shards.errors import UserError
+from training.checkpoint import checkpoint_hash, latest_valid
+from training.events import append_event, read_events
+from training.loop import has_bf16
+from training.meta.reptile import meta_id
+from training.methods import METHODS
+from training.metrics.encoder import load_encoder, save_encoder, train_encoder
+from training.pictures import save_grid
+from training.pretrain import finished_pretraining
+from training.recipe import per_worker_batch
+from training.trial import load_target
+from tune_spaces.plan import Race, Start, count_jobs, races
+from tune_spaces.space import fair_count
+
+STAGES = ("shards", "pretrain", "encoder", "metatrain", "fanout", "report")
+
+
+def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, address: str | None = None,
+        dry_run: bool = False) -> None:
+    """Do ``stages`` (all when None) of the recipe in the folder ``out``; the same call again resumes.
+
+    Raises:
+        UserError: the caller's mistake, before anything is trained where it can be known.
+    """
+    chosen = stages or STAGES
+    console.print("\n".join(derived(recipe, out)), markup=False)
+    if dry_run:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    source = ready_sets(recipe) if "shards" in chosen else open_set(set_path(recipe, recipe.data.source))
+    with ExitStack() as stack:
+        start_ray = _once(lambda: stack.enter_context(ray_session(
+            address, cpus=_cpus(recipe), folder=out, shards=[source.path, *(set_path(recipe, t.set) for t in
+                                                                            recipe.fanout.targets)])), recipe)
+        board = None
+        if "pretrain" in chosen:
+            _pretrain(recipe, source, out, start_ray)
+        if "encoder" in chosen:
+            _encoder(recipe, source, out)
+        if "metatrain" in chosen and (recipe.needs_meta or stages):
+            _metatrain(recipe, source, out, start_ray)
+        if "fanout" in chosen and recipe.fanout.targets:
+            board = _fanout(recipe, source, out, start_ray)
+    if "report" in chosen or board:
+        _report(recipe, out, board)
+
+
+def derived(recipe: Recipe, out: Path) -> Iterator[str]:
+    """What follows from the recipe, each with its formula, one line each."""
+    training, fanout, cluster = recipe.training, recipe.fanout, recipe.cluster
+    each = per_worker_batch(training.batch, cluster.workers, recipe.data.streams)
+    precision = training.precision if training.precision != "auto" else f"auto ({'bf16' if has_bf16() else 'fp32'} here)"
+    yield f"run {recipe.name} -> {out}"
+    yield (f"  pretrain  {training.images} images / batch {training.batch} = {-(-training.images // training.batch)} steps; "
+           f"{cluster.workers} workers x {each} images; {training.engine.kind}"
+           + (f" ZeRO {training.engine.zero}" if training.engine.kind == "deepspeed" else "") + f"; {precision}")
+    if recipe.needs_meta:
+        meta = recipe.meta
+        yield (f"  meta      {meta.steps} steps x {meta.tasks} tasks x {meta.inner_steps} inner steps x {meta.inner_batch} = "
+               f"{meta.steps * meta.tasks * meta.inner_steps * meta.inner_batch} images")
+    if fanout.targets:
+        count = fair_count(fanout.space, fanout.methods, fanout.candidates)
+        yield (f"  fan-out   {len(fanout.targets)} domains x {len(fanout.methods)} methods x ({count} candidates by "
+               f"{fanout.scheduler}, then {fanout.seeds} seeds) of {recipe.adaptation.images} images; "
+               f"{recipe.adaptation.shots} shots")
+    yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
+
+
+def set_path(recipe: Recipe, name: str) -> Path:
+    """Where a set of the recipe lies."""
+    return (Path(recipe.data.root) / name).resolve()
+
+
+def ready_sets(recipe: Recipe) -> ShardSet:
+    """Fetch the known datasets that are not there yet and open every set that the recipe names; returns the source.
+
+    Raises:
+        UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
+    """
+    names = [recipe.data.source, *(target.set for target in recipe.fanout.targets)]
+    for name in names:
+        dataset = name.partition("/")[0]
+        if not (set_path(recipe, name) / "manifest.json").exists():
+            if dataset not in DATASETS:
+                raise UserError(f"there is no set at {set_path(recipe, name)}: pack one with `graft shards pack FOLDER --out "
+                                f"{Path(recipe.data.root) / name}`, or name one of the datasets {', '.join(DATASETS)}.")
+            console.print(f"shards    fetching {dataset}")
+            with _timed(None, "shards"):
+                fetch(dataset, recipe.data.root)
+    source = open_set(set_path(recipe, recipe.data.source))
+    for target in recipe.fanout.targets:
+        load_target(str(set_path(recipe, target.set)), recipe.adaptation.shots, recipe.seed)
+        shape = open_set(set_path(recipe, target.set)).manifest.image_shape
+        if shape != source.manifest.image_shape:
+            raise UserError(f"the target set {target.set} has images of shape {shape} and the source "
+                            f"{source.manifest.image_shape}; pack it with the source's --size and --channels.")
+    return source
+
+
+def _pretrain(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> None:
+    done = finished_pretraining(recipe, source, out / "pretrain")
+    if done:
+        console.print(f"pretrain  already done: {done}")
+        return
+    start_ray()
+    preflight({"pretraining": [recipe.cluster.worker_resources] * recipe.cluster.workers})
+    with _timed(out, "pretrain"):
+        pretrain_on_ray(recipe, source, out)
+
+
+def _encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
+    path = out / "encoder.safetensors"
+    if recipe.evaluation.net != "encoder":
+        return
+    if path.exists():
+        load_encoder(path)
+        console.print(f"encoder   already done: {path}")
+        return
+    images, labels = load_images(source, source.indices())
+    if bool((labels < 0).any()):
+        raise UserError(f"the source set {source.path} has images without a label, which the in-domain encoder needs; give "
+                        f"--set evaluation.net=inception, or pack it with one subfolder per class.")
+    total = recipe.evaluation.encoder_images
+    with _timed(out, "encoder"), progress("encoder", total, "images") as show:
+        encoder = train_encoder(images, labels, classes=len(source.manifest.classes), seed=recipe.seed, images_budget=total,
+                                threads=max(1, _cpus(recipe)),
+                                progress=_every(5, lambda seen, loss: show(seen, f"loss {loss:.3f}")))
+    save_encoder(encoder, path)
+
+
+def _metatrain(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> None:
+    start = _pretrained(recipe, source, out)
+    folder = out / "meta" / meta_id(recipe, checkpoint_hash(start), source)
+    newest = latest_valid(folder)
+    per_step = recipe.meta.tasks * recipe.meta.inner_steps * recipe.meta.inner_batch
+    if newest and newest.name >= f"step-{recipe.meta.steps * per_step:012d}":
+        console.print(f"meta      already done: {newest}")
+        return
+    start_ray()
+    preflight({"meta-training": [recipe.cluster.trial_resources]})
+    with _timed(out, "meta"):
+        metatrain_on_ray(recipe, source, out, start)
+
+
+def _fanout(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> Board:
+    plan = plan_races(recipe, source, out)
+    for target in recipe.fanout.targets:
+        folder, path = out / "domains" / target.domain, str(set_path(recipe, target.set))
+        images = load_target(path, recipe.adaptation.shots, recipe.seed + 1)  # the first final seed's, whose samples are shown
+        save_grid(images.support, folder / "support.png")
+        save_grid(images.reference[:32], folder / "reference.png")
+    board = Board(recipe, out, plan)
+    if board.finished():
+        console.print(f"fan-out   already done: {board.reported()} of {sum(map(count_jobs, plan))} results are in {out}")
+        return board
+    start_ray()
+    preflight({"trial": [recipe.cluster.trial_resources]})
+    with _timed(out, "fanout"):
+        return fan_out(recipe, out, plan)
+
+
+def plan_races(recipe: Recipe, source: ShardSet, out: Path) -> list[Race]:
+    """The fan-out's plan from the weights in the run's folder."""
+    kinds = {METHODS[name].start for name in recipe.fanout.methods}
+    starts = {}
+    if kinds & {"pretrain", "meta"}:
+        pretrained = _pretrained(recipe, source, out)
+        starts["pretrain"] = Start("pretrain", str(pretrained), checkpoint_hash(pretrained))
+        if "meta" in kinds:
+            identity = meta_id(recipe, checkpoint_hash(pretrained), source)
+            meta = latest_valid(out / "meta" / identity)
+            if meta is None:
+                raise UserError(f"{out} has no meta-learned weights for this recipe; run `graft metatrain` first.")
+            starts["meta"] = Start(f"meta:{identity}", str(meta), checkpoint_hash(meta))
+    return races(recipe, recipe.fanout, Path(recipe.data.root), starts)
+
+
+def _pretrained(recipe: Recipe, source: ShardSet, out: Path) -> Path:
+    checkpoint = finished_pretraining(recipe, source, out / "pretrain")
+    if checkpoint is None:
+        raise UserError(f"{out} has no finished pretraining of {recipe.training.images} images; run `graft pretrain` first.")
+    return checkpoint
+
+
+def _report(recipe: Recipe, out: Path, board: Board | None) -> None:
+    from cluster.report import build_report, leaderboard_text
+    from training.wandb_log import open_run
+
+    if board:
+        leaderboard = build_leaderboard(recipe, out, list(board.rows.values()), stage_seconds(out))
+        console.print(leaderboard_text(leaderboard, console.width))
+        columns = ["domain", "method", "kid_mean", "gain_over_scratch", "verdict", "copy_rate_mean", "disqualified", "seeds"]
+        with open_run(recipe.wandb, folder=out, group=recipe.name, job_type="report", run_id=f"report-{out.name}",
+                      name="leaderboard", settings=recipe.model_dump(mode="json")) as log:
+            log.log_table("leaderboard", columns, [[v[c] for c in columns] for v in leaderboard["verdicts"]])
+    console.print(f"page      {build_report(out)}")
+
+
+def stage_seconds(out: Path) -> dict[str, float]:
+    """Seconds spent in each stage over all calls, ``{"pretrain_seconds": ...}``."""
+    spent: dict[str, float] = {}
+    for event in read_events(out / "events.jsonl"):
+        if "seconds" in event["metrics"]:
+            key = f"{event['stage']}_seconds"
+            spent[key] = round(spent.get(key, 0.0) + event["metrics"]["seconds"], 1)
+    return spent
+
+
+@contextmanager
+def _timed(out: Path | None, stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = time.monotonic() - started
+        if out:
+            append_event(out / "events.jsonl", stage=stage, images=0, metrics={"seconds": round(seconds, 1)})
+    console.print(f"{stage:<9} done in {seconds:.0f} s")
+
+
+def _once(start: Callable[[], Any], recipe: Recipe) -> Callable[[], None]:
+    """Start Ray on the first call only: a run that has nothing to train starts none."""
+    started: list[bool] = []
+
+    def once() -> None:
+        if not started:
+            start()
+            started.append(True)
+
+    return once
+
+
+def _cpus(recipe: Recipe) -> int:
+    """CPUs of this machine that a Ray of our own may use."""
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _every(count: int, call: Callable[..., None]) -> Callable[..., None]:
+    """Pass on every ``count``-th call."""
+    calls = iter(range(10**9))
+    return lambda *arguments: call(*arguments) if next(calls) % count == 0 else None

@@ -1,0 +1,185 @@
+"""A manifest for WebDataset tars that others wrote; the tars stay as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_shards.errors import BadImage, UserError
+from data_shards.images import MAX_BYTES, SUFFIXES, decode_image
+from data_shards.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    Shard,
+    ShardSet,
+    hash_file,
+    open_set,
+    sample_dtype,
+    write_set,
+)
+from data_shards.tarfiles import Member, check_key, damaged, file_size, local_path, members
+
+MAX_LABEL_BYTES = 64 * 1024
+MAX_CLASSES = 100_000
+
+
+def index_tars(
+    folder: str | os.PathLike[str],
+    *,
+    channels: int = 3,
+    name: str | None = None,
+    licence: str = "unknown",
+    source: str = "unknown",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardSet:
+    """Makes `manifest.json` and `samples.npy` for the plain `*.tar` files in `folder`, all in the split "train".
+
+    A sample is one image (.png .jpg .jpeg .webp) and at most one label: an integer in `.cls`, or "label" (integer or
+    name) in `.json`. Every image is decoded once, and all must have one size. `progress(done, total)` counts shards.
+
+    Raises `UserError` for a missing folder, no tar, an existing manifest (without `overwrite`), any other member,
+    unsafe or duplicate keys, links, unlike image sizes; `DamagedShard` for damaged or cut tars.
+    """
+    root = local_path(folder)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; give the folder that holds the tars")
+    paths = sorted(path for path in root.iterdir() if path.name.endswith(".tar") and not path.name.startswith("."))
+    if not paths:
+        raise UserError(f"folder {root} holds no .tar file; `graft shards pack` makes shards from images")
+    if (root / MANIFEST).exists() and not overwrite:
+        raise UserError(f"{root / MANIFEST} exists already; make it anew with --overwrite")
+    shards: list[Shard] = []
+    rows: list[list[Any]] = []
+    shapes: dict[tuple[int, ...], str] = {}
+    for number, path in enumerate(paths):
+        found = _index_tar(path, number, channels, shapes)
+        try:
+            shards.append(Shard(name=path.name, size=file_size(path), sha256=hash_file(path), samples=len(found)))
+        except ValueError:
+            raise UserError(f"shard {path} has an unsafe name or no sample; rename or remove it") from None
+        rows += found
+        if progress:
+            progress(number + 1, len(paths))
+    copies = {shard.sha256: shard.name for shard in shards}
+    for shard in shards:
+        if copies[shard.sha256] != shard.name:
+            raise UserError(f"shards {shard.name} and {copies[shard.sha256]} in {root} are the same; remove one")
+    if len(shapes) != 1:
+        (first, one), (second, two) = list(shapes.items())[:2]
+        raise UserError(f"images in {root} differ in size: {one} is {first}, {two} is {second}; pack them to one size")
+    labels, classes = _number_labels([row[4] for row in rows], root)
+    table = np.array(
+        [(*row[:4], label, *row[5:]) for row, label in zip(rows, labels, strict=True)],
+        sample_dtype(max(len(row[7]) for row in rows)),
+    )
+    shape = next(iter(shapes))
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name or root.resolve().name,
+        image_shape=(shape[0], shape[1], shape[2]),
+        classes=classes,
+        licence=licence,
+        source=source,
+        splits={"train": len(table), "reference": 0},
+        shards=tuple(shards),
+        samples_sha256="0" * 64,
+    )
+    write_set(root, manifest, table)
+    return open_set(root)
+
+
+def _index_tar(path: Path, number: int, channels: int, shapes: dict[tuple[int, ...], str]) -> list[list[Any]]:
+    """Rows of one tar, the label still as found: int, str, or None."""
+    groups: dict[str, dict[str, Member]] = {}
+    last = None
+    for member in members(path):
+        head, _, base = member.name.removeprefix("./").rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key = check_key(f"{head}/{stem}" if head else stem, f"shard {path}")
+        if suffix.lower() not in (*SUFFIXES, "cls", "json"):
+            raise UserError(
+                f"shard {path}: member {member.name[:80]!r} is neither an image ({', '.join(SUFFIXES)}) nor a label"
+                " (cls, json); write the tar without it"
+            )
+        if suffix in groups.get(key, {}) or (key in groups and key != last):
+            raise UserError(f"shard {path}: sample {key!r} occurs twice; keys must be unique, so write the tar again")
+        groups.setdefault(key, {})[suffix] = member
+        last = key
+    with path.open("rb") as file:
+        return [_row(path, file, number, key, group, channels, shapes) for key, group in groups.items()]
+
+
+def _row(
+    path: Path,
+    file: BinaryIO,
+    number: int,
+    key: str,
+    group: dict[str, Member],
+    channels: int,
+    shapes: dict[tuple[int, ...], str],
+) -> list[Any]:
+    images = [suffix for suffix in group if suffix.lower() in SUFFIXES]
+    labels = [suffix for suffix in group if suffix not in images]
+    if len(images) != 1 or len(labels) > 1:
+        raise UserError(
+            f"shard {path}: sample {key!r} has {len(images)} images and {len(labels)} labels, not 1 and <= 1"
+        )
+    image = group[images[0]]
+    if image.name != f"{key}.{images[0]}":
+        raise UserError(f"shard {path}: member {image.name[:80]!r} begins with ./; write the tar with plain names")
+    data = _read(path, file, image, MAX_BYTES)
+    try:
+        shape = decode_image(data, channels).shape
+    except BadImage as error:
+        raise damaged(path, image.offset, f"{image.name!r}: {error}") from None
+    shapes.setdefault(shape, f"{path.name}:{key}")
+    label = _label(path, file, group[labels[0]], labels[0].lower()) if labels else None
+    return [number, image.offset, image.size, zlib.crc32(data), label, 0, images[0].encode(), key.encode()]
+
+
+def _read(path: Path, file: BinaryIO, member: Member, cap: int) -> bytes:
+    if member.size > cap:
+        raise UserError(f"shard {path}: member {member.name[:80]!r} has {member.size} bytes, over the cap of {cap}")
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
+def _label(path: Path, file: BinaryIO, member: Member, suffix: str) -> int | str | None:
+    data = _read(path, file, member, MAX_LABEL_BYTES)
+    try:
+        if suffix == "cls":
+            label: Any = int(data) if len(data) < 20 else None
+        else:
+            content = json.loads(data)
+            label = content.get("label", -1) if isinstance(content, dict) else None
+    except (ValueError, RecursionError):
+        label = None
+    if isinstance(label, bool) or not isinstance(label, int | str) or (isinstance(label, int) and label < -1):
+        raise UserError(
+            f"shard {path}: {member.name[:80]!r} holds no label: an integer >= 0, or a name in JSON, is needed"
+        )
+    return None if label == -1 else label
+
+
+def _number_labels(found: list[int | str | None], root: Path) -> tuple[list[int], tuple[str, ...]]:
+    kinds = {type(label) for label in found if label is not None}
+    if len(kinds) > 1:
+        raise UserError(f"labels in {root} are partly numbers and partly names; use one kind")
+    if kinds == {str}:
+        names = sorted({str(label) for label in found if label is not None})
+        numbers = {label: index for index, label in enumerate(names)}
+        return [-1 if label is None else numbers[str(label)] for label in found], tuple(names)
+    labels = [-1 if label is None else int(label) for label in found]
+    if max(labels) >= MAX_CLASSES:
+        raise UserError(
+            f"the label {max(labels)} in {root} is over the cap of {MAX_CLASSES} classes; renumber the labels"
+        )
+    return labels, tuple(str(index) for index in range(max(labels) + 1))

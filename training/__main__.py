@@ -1,0 +1,58 @@
+"""``python -m training RECIPE [--set KEY=VALUE]... [--out DIR]``: pretraining without Ray, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from data_shards import UserError, open_set
+from training.config import parse_overrides
+from training.pretrain import finished_pretraining, pretrain
+from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
+from training.world import join_world
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Pretrain a recipe's source model without Ray.",
+                                     epilog="example: torchrun --nproc-per-node 2 -m training recipes/smoke.yaml")
+    parser.add_argument("recipe", help="a recipe file, or a name in recipes/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe")
+    parser.add_argument("--out", type=Path, help="the run's folder (default runs/<recipe name>)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        recipe = read_recipe(TrainingRecipe, options.recipe, parse_overrides(options.set))
+        source = open_set(Path(recipe.data.root) / recipe.data.source)
+        world = join_world()
+        run = (options.out or Path("runs") / recipe.name).resolve()
+        if finished_pretraining(recipe, source, run / "pretrain"):
+            checkpoint = finished_pretraining(recipe, source, run / "pretrain")
+            print(f"already trained: {checkpoint}")
+            return 0
+        if world.rank == 0:
+            each = per_worker_batch(recipe.training.batch, world.size, recipe.data.streams)
+            print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
+        checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training.images))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if world.rank == 0:
+        print(f"checkpoint: {checkpoint}")
+    return 0
+
+
+def progress_line(total: int):  # type: ignore[no-untyped-def]
+    """A progress callback that prints one line per report."""
+
+    def show(images: int, metrics: dict[str, float]) -> None:
+        rate = metrics["images_per_second"]
+        print(f"{images:>9}/{total} images  {rate:6.1f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
+              f"G {metrics['generator/adversarial']:.3f}  {max(total - images, 0) / rate / 60:.1f} min left", flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Meta-learning over the source's classes as tasks."""

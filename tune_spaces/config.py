@@ -1,0 +1,69 @@
+"""The recipe's `fanout` section."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from training.config import Config, operational
+from training.methods import METHODS
+from training.recipe import AdaptationConfig
+from tune_spaces.space import Axis, check_axis
+
+
+class TargetConfig(Config):
+    set: str = Field(description="target set: a folder below data.root, or a path")
+    name: str = Field("", description="the domain's name in tables and folders; the last part of `set` when empty")
+
+    @property
+    def domain(self) -> str:
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name or self.set.rstrip("/").rpartition("/")[2]).strip("-.") or "domain"
+
+
+class FanoutConfig(Config):
+    targets: tuple[TargetConfig, ...] = Field((), description="target domains")
+    methods: tuple[str, ...] = Field(("scratch", "finetune"), description="methods compared; scratch is always among them")
+    space: dict[str, Axis] = Field(
+        default_factory=dict,
+        description="searched fields of `adaptation`: a list of values, {uniform: [a, b]} or {loguniform: [a, b]}; a method "
+                    "varies only those that it reads")
+    candidates: int = Field(4, ge=1, description="search trials of each method in each domain, the control's included")
+    rungs: int = Field(2, ge=1, description="rungs of successive halving; the last one is the whole budget")
+    reduction: int = Field(2, ge=2, description="of each rung, one in so many goes on; budgets grow by the same factor")
+    scheduler: Literal["halving", "asha"] = Field(
+        "halving", description="halving closes a rung when all have reported, so that a killed run ends as any other; asha "
+                               "promotes at once")
+    seeds: int = Field(5, ge=2, description="seeds on which the chosen candidate of each method is run again and judged")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence of the intervals and, Holm-corrected, the verdicts")
+    max_failures: int = operational(2, "times a trial that lost its process is started again", ge=0)
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for name in methods:
+            if name not in METHODS:
+                raise ValueError(f"there is no method {name!r}; known: {', '.join(METHODS)}")
+        return methods if "scratch" in methods else ("scratch", *methods)
+
+    @field_validator("space")
+    @classmethod
+    def _searchable(cls, space: dict[str, Any]) -> dict[str, Any]:
+        readable = sorted({name for method in METHODS.values() for name in method.hyperparameters})
+        for name, axis in space.items():
+            if name not in AdaptationConfig.model_fields or name not in readable:
+                raise ValueError(f"no method searches {name!r}; searchable: {', '.join(readable)}")
+            check_axis(name, axis)
+        return space
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FanoutConfig:
+        domains = [target.domain for target in self.targets]
+        for domain in domains:
+            if domains.count(domain) > 1:
+                raise ValueError(f"two targets are called {domain!r}; give one of them another name")
+        if self.candidates < self.reduction ** (self.rungs - 1):
+            raise ValueError(f"{self.candidates} candidates are too few for {self.rungs} rungs that keep one in "
+                             f"{self.reduction}; use at least {self.reduction ** (self.rungs - 1)}")
+        return self

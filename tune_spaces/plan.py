@@ -1,0 +1,124 @@
+"""The fan-out as a pure plan: which trials there are, and which may run given what has been reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from training.methods import METHODS
+from training.recipe import TrainingRecipe
+from training.trial import Trial, trial_id
+from tune_spaces.config import FanoutConfig, TargetConfig
+from tune_spaces.halving import SCHEDULERS, Ladder, winner
+from tune_spaces.space import candidates, fair_count
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that methods begin from: "pretrain" or "meta:<trial>"."""
+
+    name: str
+    checkpoint: str
+    sha256: str
+
+
+class Named(NamedTuple):
+    """A trial with its id, computed once."""
+
+    trial: Trial
+    identity: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of `run_trial`: a trial, trained up to ``until`` images."""
+
+    trial: Trial
+    identity: str
+    until: int
+    rung: int  # -1 for a final trial
+
+
+@dataclass(frozen=True)
+class Race:
+    """The search of one method in one domain, and the seeds on which its winner is judged."""
+
+    domain: str
+    method: str
+    scheduler: str
+    ladder: Ladder
+    budgets: tuple[int, ...]  # images at the end of each rung
+    search: tuple[Named, ...]  # by candidate
+    finals: tuple[tuple[Named, ...], ...]  # by candidate, then seed
+
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""Trial id -> the row that the trial wrote."""
+
+
+def races(recipe: TrainingRecipe, fanout: FanoutConfig, root: Path, starts: Mapping[str, Start]) -> list[Race]:
+    """One race per domain and method. Seeds, support sets and latents are the same for every method of a domain."""
+    count = fair_count(fanout.space, fanout.methods, fanout.candidates)
+    ladder = Ladder(count, min(fanout.rungs, 1 + int(math.log(count, fanout.reduction) + 1e-9)), fanout.reduction)
+    budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch) for rung in range(ladder.rungs))
+    found = []
+    for target in fanout.targets:
+        path = str((root / target.set).resolve())
+        for method in fanout.methods:
+            start = starts.get(METHODS[method].start)
+
+            def named(seed: int, phase: Literal["search", "final"], values: Mapping[str, Any], *, target: TargetConfig = target,
+                      path: str = path, method: str = method, start: Start | None = start) -> Named:
+                trial = Trial(target.domain, path, method, seed, phase, start.name if start else "scratch",
+                              start.checkpoint if start else None, start.sha256 if start else None, dict(values))
+                return Named(trial, trial_id(trial, recipe))
+
+            drawn = candidates(fanout.space, method, count, recipe.seed)
+            found.append(Race(
+                target.domain, method, fanout.scheduler, ladder, budgets,
+                tuple(named(recipe.seed, "search", values) for values in drawn),
+                tuple(tuple(named(recipe.seed + 1 + i, "final", values) for i in range(fanout.seeds)) for values in drawn)))
+    return found
+
+
+def search_reports(race: Race, rows: Rows) -> dict[tuple[int, int], float]:
+    """(candidate, rung) -> selection KID, replayed from the rows; a failed candidate scores infinity where it stopped."""
+    reports = {}
+    for candidate, (_, identity) in enumerate(race.search):
+        row = rows.get(identity)
+        for rung, budget in enumerate(race.budgets):
+            if row and str(budget) in row["rungs"]:
+                reports[candidate, rung] = float(row["rungs"][str(budget)])
+            elif row and row["status"] == "failed":
+                reports[candidate, rung] = math.inf
+                break
+    return reports
+
+
+def ready_jobs(race: Race, rows: Rows) -> list[Job]:
+    """The jobs of a race that may run now: the open rung's, or the finals' once the search has a winner."""
+    open_rungs = SCHEDULERS[race.scheduler](race.ladder, search_reports(race, rows))
+    if open_rungs:
+        return [Job(*race.search[candidate], race.budgets[rung], rung) for candidate, rung in open_rungs]
+    return [Job(trial, identity, race.budgets[-1], -1) for trial, identity in final_trials(race, rows)
+            if rows.get(identity, {}).get("status") not in ("finished", "failed")]
+
+
+def chosen(race: Race, rows: Rows) -> int | None:
+    """The candidate that won the closed search; None while it is open or when all candidates failed."""
+    reports = search_reports(race, rows)
+    return None if SCHEDULERS[race.scheduler](race.ladder, reports) else winner(race.ladder, reports)
+
+
+def final_trials(race: Race, rows: Rows) -> tuple[Named, ...]:
+    """The winner's trials over the seeds; none before there is a winner."""
+    best = chosen(race, rows)
+    return () if best is None else race.finals[best]
+
+
+def count_jobs(race: Race) -> int:
+    """Jobs of a race when no candidate fails: each rung's members, and the seeds."""
+    return sum(race.ladder.size(rung) for rung in range(race.ladder.rungs)) + len(race.finals[0])
