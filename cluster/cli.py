@@ -111,12 +111,14 @@ def adapt(recipe: Recipe, sets: Sets = None, out: Out = None, address: Address =
 
 @app.command(epilog="Example: graft evaluate runs/demo --net inception")
 def evaluate(run: Run, net: Annotated[str, typer.Option(help="Feature net of the scores.")] = "inception",
-             address: Address = None) -> None:
-    """Score the winners of a run again, in another feature net."""
+             samples: Annotated[int | None, typer.Option(min=8, help="Pictures per score; the recipe's.")] = None,
+             seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
+             domain: Annotated[list[str] | None, typer.Option(help="Only this domain; repeatable.")] = None) -> None:
+    """Score the final trials of a run again, in another feature net."""
     folder = _existing_run(run)
     from cluster.evaluate import evaluate as score
 
-    score(folder, net=net, address=address)
+    print(score(folder, net=net, samples=samples, seeds=seeds, domains=domain or ()))
 
 
 @app.command(epilog="Example: graft report runs/demo")

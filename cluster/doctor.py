@@ -41,12 +41,9 @@ def _torch() -> Finding:
 
 
 def _bf16() -> Finding:
-    import torch
-
     from training.loop import has_bf16
 
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else has_bf16()
-    return "ok", "computed by the processor" if native else "not in the processor; precision auto means fp32"
+    return "ok", "computed by the processor" if has_bf16() else "not in the processor; precision auto means fp32"
 
 
 def _threads() -> Finding:

@@ -22,8 +22,8 @@ PER_DOMAIN = ("n_reference", "reference_hash")  # the contract's fields that dif
 def build_leaderboard(recipe: Recipe, run: Path, rows: Sequence[Mapping[str, Any]], costs: Mapping[str, float]) -> dict[str, Any]:
     """Put rows, verdicts, contract and costs together and write them to ``run/leaderboard.json``."""
     rows = [dict(row) for row in rows]
-    contract = _contract(rows)
-    verdicts = _verdicts(rows, 1 - recipe.fanout.confidence)
+    contract = contract_of(rows)
+    verdicts = verdicts_over(rows, 1 - recipe.fanout.confidence)
     for row in rows:
         row.pop("contract", None)
         found = next((v for v in verdicts if (v["domain"], v["method"]) == (row["domain"], row["method"])), None)
@@ -35,7 +35,7 @@ def build_leaderboard(recipe: Recipe, run: Path, rows: Sequence[Mapping[str, Any
     return board
 
 
-def _contract(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def contract_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The one contract of all final rows; what differs by nature between domains stands under "domains".
 
     Raises:
@@ -54,7 +54,7 @@ def _contract(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**common, "domains": domains} if common else {}
 
 
-def _verdicts(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[str, Any]]:
+def verdicts_over(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[str, Any]]:
     """One per domain and method over the seeds that both the method and the control finished."""
     finals: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:

@@ -113,7 +113,7 @@ def leaderboard_table(leaderboard: Mapping[str, Any]) -> Table:
         said = f"{SYMBOLS[state]} {state}" if state in SYMBOLS else "control" if v.get("method") == "scratch" else "–"
         style = {"positive": "green", "negative": "red", "disqualified": "yellow"}.get(str(state), "")
         if v.get("disqualified"):
-            said += f" ({v['disqualified']}/{v.get('seeds', '?')} copied)"
+            said += f" ({v['disqualified']}/{v.get('seeds', '?')})"
         domain = str(v.get("domain"))
         control = v.get("method") == "scratch"
         gained = with_interval(signed(v.get("gain_over_scratch"), gain), v.get("gain_ci95"), gain)

@@ -219,6 +219,22 @@ def read_row(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_path: str, net: str,
+            samples: int | None = None) -> dict[str, Any]:
+    """A final trial's row with its scores taken again, from its checkpoint, in another net or over another sample count."""
+    target = load_target(set_path, row["shots"], row["seed"])
+    features = target_features(set_path, row["shots"], row["seed"], net, str(run))
+    network = make_networks(recipe.training, target.image_shape, 0)["generator"]
+    tensors, _ = load_checkpoint(run / row["checkpoint"], ("generator_ema",))
+    load_weights(network, tensors["generator_ema"], what=f"{row['checkpoint']}/generator_ema.safetensors")
+    z = latents(row["seed"], "evaluation", 0, samples or recipe.evaluation.samples, recipe.training.generator.latent_dim)
+    extractor = feature_net(net, str(run))
+    fake = extractor.extract(generate(network, z))
+    scores = score(fake, features["reference"], features["support"], features["held_back"], seed=row["seed"], net=net)
+    found = contract(extractor, target.reference_sha256, len(z), len(target.reference), _version())
+    return {**row, **scores, "contract": found}
+
+
 def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -> State:
     config = recipe.adaptation
     networks = make_networks(recipe.training, target.image_shape, trial.seed)

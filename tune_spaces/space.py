@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -29,32 +28,38 @@ def check_axis(name: str, axis: Axis) -> None:
 
 
 def candidates(space: Mapping[str, Axis], method: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """``count`` different settings of the axes that ``method`` reads, as dotted recipe keys.
+    """Up to ``count`` different settings of the axes that ``method`` reads, as dotted recipe keys.
 
-    A space of lists only is a grid: all of it when it has ``count`` points, else points drawn without repetition; a smaller
-    grid is drawn whole and the rest of the trials repeat nothing: every method gets min(count, points).
-
-    The search trials of unlike methods are made equal by `fair_count`.
+    Lists alone are a grid: all of its points if there are no more than ``count``, else ``count`` of them. With an interval
+    among the axes all are drawn at random (by Optuna's sampler). `fair_count` makes the number equal over methods.
     """
     axes = {name: axis for name, axis in space.items() if name in METHODS[method].hyperparameters}
-    rng = random.Random(content_id(method, sorted(axes), seed))
-    lists = [axis for axis in axes.values() if isinstance(axis, list)]
-    if len(lists) == len(axes):
-        points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+    draw = int(content_id(method, sorted(axes), seed), 16) % 2**32
+    if all(isinstance(axis, list) for axis in axes.values()):
+        points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         if len(points) > count:
-            points = rng.sample(points, count)
+            points = random.Random(draw).sample(points, count)
     else:
-        points = [{name: _draw(axis, rng) for name, axis in axes.items()} for _ in range(count)]
+        points = _drawn(axes, count, draw)
     return [{f"adaptation.{name}": value for name, value in point.items()} for point in points]
+
+
+def _drawn(axes: Mapping[str, Axis], count: int, seed: int) -> list[dict[str, Any]]:
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+    distributions: dict[str, BaseDistribution] = {}
+    for name, axis in axes.items():
+        if isinstance(axis, list):
+            distributions[name] = CategoricalDistribution(axis)
+        else:
+            ((kind, (low, high)),) = axis.items()
+            distributions[name] = FloatDistribution(low, high, log=kind == "loguniform")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [study.ask(distributions).params for _ in range(count)]
 
 
 def fair_count(space: Mapping[str, Axis], methods: tuple[str, ...], count: int) -> int:
     """The search trials that every method can be given: ``count``, or the smallest method's grid if that is less."""
     return min([count, *(len(candidates(space, method, count, 0)) for method in methods)])
-
-
-def _draw(axis: Axis, rng: random.Random) -> Any:
-    if isinstance(axis, list):
-        return rng.choice(axis)
-    ((kind, (low, high)),) = axis.items()
-    return math.exp(rng.uniform(math.log(low), math.log(high))) if kind == "loguniform" else rng.uniform(low, high)

@@ -166,7 +166,8 @@ def test_each_command_runs_its_stages(command: str, stages: tuple[str, ...] | No
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_dry_runs_and_leaves_nothing(name: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_recipe_dry_runs_and_leaves_nothing(name: str, elsewhere: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", name, "--dry-run"]) == 0
     assert capsys.readouterr().out.strip()
     assert not [path for path in elsewhere.rglob("*") if path.is_file()]
@@ -194,7 +195,8 @@ def test_the_recipes_are_listed_and_every_key_is_documented(capsys: pytest.Captu
     assert main(["recipes", "schema", "--markdown"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     keys = {row[0].strip("| `"): row for row in rows}
-    leaves = {key for key in field_paths(Recipe) if not any(other.startswith(f"{key}.") for other in field_paths(Recipe))}
+    paths = list(field_paths(Recipe))
+    leaves = {key for key in paths if not any(other.startswith(f"{key}.") for other in paths)}
     assert set(keys) == leaves
     assert not [key for key, row in keys.items() if not row[-1].strip(" |")]
 

@@ -106,7 +106,7 @@ def copy_rate(fake: Tensor, support: Tensor, held_back: Tensor, percentile: floa
 
 
 def auth_pct(fake: Tensor, support: Tensor) -> float:
-    """AuthPct: percentage of fakes that are authentic (Alaa et al. 2022, eq. 9; the name is Stein et al. 2023's).
+    """AuthPct: percentage of fakes that are authentic (authenticity, Alaa et al. 2022; so named by Stein et al. 2023).
 
     A fake is authentic if it lies farther from its nearest support image than that image lies from its own nearest
     fellow. A generator that copies scores about 0, and fresh real images about 50 to 90, according to S.
@@ -136,7 +136,10 @@ def is_copier(copy_rate: float, n_fake: int, *, max_rate: float = MAX_COPY_RATE)
     """The one rule that disqualifies: is it beyond doubt that more than `max_rate` of the fakes are copies?
 
     A copier is a method whose copy rate exceeds `max_rate` by more than chance over `n_fake` images allows: the lower
-    end of the one-sided 99.9 % Clopper-Pearson interval lies above it.
+    end of the one-sided 99.9 % Clopper-Pearson interval lies above it. A quarter is five times what real images score:
+    of 400 simulated sets of 500 held-out reals none was caught, at 5 to 25 support and 10 to 40 held-back images, and
+    of 225 sets of real drawings (10 + 40) none; exact, shifted (2 px) or noised (sd 8 of 255) copies of drawings were
+    caught always, copies with noise of sd 24 in 87 %, blurred ones in 73 %, blends of two drawings in 53 % of 15 cases.
 
     Args:
         copy_rate: in [0, 1].

@@ -44,7 +44,7 @@ def moments(features: Tensor) -> Moments:
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of the union of two disjoint sets, from theirs alone (Chan, Golub and LeVeque 1979, eq. 2.1).
+    """Moments of the union of two disjoint sets, from theirs alone (pairwise, Chan, Golub and LeVeque 1979).
 
     Associative up to rounding, so that workers can each keep their own and merge in any order.
 

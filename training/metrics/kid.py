@@ -38,7 +38,7 @@ def kid_interval(
 ) -> tuple[float, float]:
     """Multiplier-bootstrap interval of KID, right both where the distributions differ and where they do not.
 
-    Hoeffding's decomposition (Serfling 1980, section 5.1.5) splits the error of the estimate exactly. With x~, y~ the
+    Hoeffding's decomposition (Serfling 1980, chapter 5) splits the error of the estimate exactly. With x~, y~ the
     samples' embeddings less their own means,
 
         KID^ - KID = 2 <mu_f - mu_r, mean x~ - mean y~> + sum over pairs of <x~ - y~ terms>, no sample with itself.

@@ -11,9 +11,9 @@ def precision_recall_density_coverage(fake: Tensor, real: Tensor, k: int = 5) ->
     """How much of the fake set looks real, and how much of the real set is reached.
 
     Around each sample lies a ball that reaches to its k-th nearest neighbour in its own set (itself not counted).
-    precision: share of fakes inside some real ball (Kynkaanniemi et al. 2019, eq. 1); recall: share of reals inside
-    some fake ball (eq. 2); density: real balls per fake, over k (Naeem et al. 2020, eq. 4); coverage: share of real
-    balls that hold a fake (eq. 5).
+    precision: share of fakes inside some real ball; recall: share of reals inside some fake ball (Kynkaanniemi et al.
+    2019, eq. 2); density: real balls per fake, over k; coverage: share of real balls that hold a fake (both Naeem et
+    al. 2020, section 3).
 
     The order of the arguments matters: swapped, precision and recall change places.
 

@@ -10,8 +10,9 @@ from functools import lru_cache
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy import stats
 from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
+from scipy.stats import nct
 
 from data_shards.errors import UserError
 
@@ -42,7 +43,7 @@ class Gain:
 
     def interval(self, level: float) -> tuple[float, float]:
         """The paired t interval at another level, in (0, 1)."""
-        half = float(stats.t.ppf(0.5 + level / 2, self.seeds - 1)) * self.spread / self.seeds**0.5
+        half = _critical(self.seeds, level) * self.spread / self.seeds**0.5
         return self.gain - half, self.gain + half
 
 
@@ -103,8 +104,8 @@ def paired_gain(scratch: Sequence[float], method: Sequence[float], level: float 
         p_value = 1.0 if mean == 0 else 0.0
         return Gain(mean, (mean, mean), p_value, 0.0, n, 0.0)
     standard_error = spread / n**0.5
-    p_value = float(2 * stats.t.sf(abs(mean) / standard_error, n - 1))
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * standard_error
+    p_value = float(2 * stdtr(n - 1, -abs(mean) / standard_error))
+    half = _critical(n, level) * standard_error
     return Gain(mean, (mean - half, mean + half), p_value, _detectable(n, level) * standard_error, n, spread)
 
 
@@ -171,12 +172,17 @@ def _ascending(p_values: Sequence[float]) -> list[int]:
     return sorted(range(len(p_values)), key=lambda i: p_values[i])
 
 
+def _critical(n: int, level: float) -> float:
+    """Half the width of a paired t interval over n pairs, in standard errors."""
+    return float(stdtrit(n - 1, 0.5 + level / 2))
+
+
 @lru_cache
 def _detectable(n: int, level: float) -> float:
     """Noncentrality at which a two-sided t test on n pairs rejects with probability POWER, in standard errors."""
-    critical = float(stats.t.ppf(0.5 + level / 2, n - 1))
+    critical = _critical(n, level)
 
     def shortfall(delta: float) -> float:
-        return float(stats.nct.sf(critical, n - 1, delta)) - POWER
+        return float(nct.sf(critical, n - 1, delta)) - POWER
 
     return float(brentq(shortfall, 0.0, 10 * critical + 10))

@@ -62,7 +62,7 @@ def test_threshold_is_the_mean_over_all_splits() -> None:
     generator = torch.Generator().manual_seed(4)
     pool = images(12, generator).double()
     distances = []
-    for _ in range(4000):
+    for _ in range(2000):
         order = torch.randperm(12, generator=generator)
         distances.append(nearest_support(pool[order[4:]], pool[order[:4]])[1])
     sampled = torch.quantile(torch.cat(distances), torch.tensor([0.2, 0.5], dtype=torch.float64))

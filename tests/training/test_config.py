@@ -1,0 +1,100 @@
+"""Recipes: overrides, errors that name the remedy, and which fields decide a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_shards import UserError
+from tests.toy import toy_tree
+from training.config import apply_overrides, field_paths, parse_overrides
+from training.recipe import RECIPES_FOLDER, TrainingRecipe, per_worker_batch, read_recipe, resolve
+from training.schedule import check_schedule, value_at
+
+
+def write(folder: Path, tree: object) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def test_an_override_reaches_the_recipe_as_a_number(tmp_path: Path) -> None:
+    recipe = read_recipe(TrainingRecipe, write(tmp_path, toy_tree(tmp_path)),
+                         parse_overrides(["training.generator.lr=1e-4", "adaptation.lr=[[0, 1e-3], [100, 1e-4]]"]))
+    assert recipe.training.generator.lr == 1e-4
+    assert recipe.adaptation.lr == [(0, 1e-3), (100, 1e-4)]
+    assert recipe.name == "toy"
+
+
+@pytest.mark.parametrize(("key", "right"), [
+    ("training.generator.lrr", "training.generator.lr"), ("training.bacth", "training.batch"), ("metta.steps", "meta"),
+    ("adaptation.frozen_block", "adaptation.frozen_blocks")])
+def test_a_wrong_key_names_the_nearest_right_one(tmp_path: Path, key: str, right: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{right}'"):
+        read_recipe(TrainingRecipe, write(tmp_path, toy_tree(tmp_path)), {key: 1})
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    ({"training.objective.loss": "wasserstain"}, "no such objective; known: relativistic"),
+    ({"training.generator.model": "x"}, "no such model; known: dcgan"),
+    ({"training.batch": 0}, "training.batch = 0 is refused"),
+    ({"training.generator.lr": -1.0}, "not negative"),
+    ({"adaptation.batch": 64}, "adaptation.images = 32 is less than one batch")])
+def test_a_wrong_value_is_one_sentence(tmp_path: Path, overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as raised:
+        resolve(TrainingRecipe, apply_overrides(toy_tree(tmp_path), overrides), where="mine.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="smoke"):
+        read_recipe(TrainingRecipe, "no-such-recipe")
+
+
+def test_a_file_with_code_in_it_runs_none(tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text(f"name: !!python/object/apply:pathlib.Path.touch ['{tmp_path}/canary']\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_recipe(TrainingRecipe, str(tmp_path / "evil.yaml"))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_every_field_has_a_description() -> None:
+    from cluster.recipe import Recipe
+    from training.config import Config
+
+    def check(model: type[Config]) -> None:
+        for name, field in model.model_fields.items():
+            nested = field.annotation
+            if isinstance(nested, type) and issubclass(nested, Config):
+                check(nested)
+            else:
+                assert field.description, f"{model.__name__}.{name}"
+
+    check(Recipe)
+    assert "training.generator.lr" in list(field_paths(Recipe))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_reads(path: Path) -> None:
+    from cluster.recipe import Recipe
+
+    assert read_recipe(Recipe, str(path)).name == path.stem
+    assert read_recipe(TrainingRecipe, path.stem).name == path.stem
+
+
+def test_batches_that_do_not_divide_name_the_nearest_that_do() -> None:
+    assert per_worker_batch(64, 2, 24) == 32
+    with pytest.raises(UserError, match="use 63 or 66"):
+        per_worker_batch(64, 3, 24)
+    with pytest.raises(UserError, match=r"use one of 1, 2, 3, 4, 6, 8, 12, 24"):
+        per_worker_batch(65, 5, 24)
+
+
+def test_schedules_are_piecewise_linear() -> None:
+    knots = [(10.0, 1.0), (20.0, 3.0)]
+    assert [value_at(knots, images) for images in (0, 10, 15, 20, 99)] == [1, 1, 2, 3, 3]
+    assert value_at(0.5, 1e9) == 0.5
+    with pytest.raises(ValueError, match="increase"):
+        check_schedule([(10, 1.0), (10, 2.0)])
