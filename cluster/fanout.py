@@ -7,6 +7,7 @@ run's folder; a run that was killed replays it and goes on, and Tune's own stora
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 import uuid
@@ -141,6 +142,7 @@ def _tune(recipe: Recipe, run: Path, board: Board, show: Show) -> None:
     available, needs = ray.cluster_resources(), recipe.cluster.trial_resources
     at_once = max(1, min(int(available.get(name, 0) // need) for name, need in needs.items()))
     storage = Path(tempfile.mkdtemp(prefix="graft-tune-"))
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints a header even at verbose=0
     try:
         tune.Tuner(
             tune.with_resources(trainable, needs),

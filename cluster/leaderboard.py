@@ -19,17 +19,18 @@ SCHEMA_VERSION = 1
 PER_DOMAIN = ("n_reference", "reference_hash")  # the contract's fields that differ between domains
 
 
-def build_leaderboard(recipe: Recipe, run: Path, rows: Sequence[Mapping[str, Any]], costs: Mapping[str, float]) -> dict[str, Any]:
+def build_leaderboard(recipe: Recipe, run: Path, rows: Sequence[Mapping[str, Any]],
+                      costs: Mapping[str, float]) -> dict[str, Any]:
     """Put rows, verdicts, contract and costs together and write them to ``run/leaderboard.json``."""
-    rows = [dict(row) for row in rows]
     contract = contract_of(rows)
     verdicts = verdicts_over(rows, 1 - recipe.fanout.confidence)
-    for row in rows:
+    judged = [dict(row) for row in rows]
+    for row in judged:
         row.pop("contract", None)
         found = next((v for v in verdicts if (v["domain"], v["method"]) == (row["domain"], row["method"])), None)
         row |= {key: found[key] if found and row["phase"] == "final" else None
                 for key in ("gain_over_scratch", "gain_ci95", "seeds", "verdict", "detectable_gain")}
-    board = {"schema_version": SCHEMA_VERSION, "contract": contract, "rows": rows, "verdicts": verdicts,
+    board = {"schema_version": SCHEMA_VERSION, "contract": contract, "rows": judged, "verdicts": verdicts,
              "costs": {**costs, "pays_from_domains": _pays_from(run, rows, verdicts, costs)}}
     write_json(run / "leaderboard.json", board)
     return board

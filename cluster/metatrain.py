@@ -21,7 +21,7 @@ def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -
     needs = recipe.cluster.trial_resources
     count = max(1, min([recipe.meta.tasks, *(int(available.get(name, 0) // need) for name, need in needs.items())]))
     actor = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=3, max_task_retries=3)(TaskRunner)
-    actors = [actor.remote() for _ in range(count)]
+    actors: list[Any] = [actor.remote() for _ in range(count)]
 
     def map_tasks(inner: Callable[[InnerLoop, Task], TaskResult], loop: InnerLoop, tasks: list[Task]) -> list[TaskResult]:
         shared = ray.put(loop)

@@ -31,7 +31,7 @@ class PlanSearch(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         self._complete(self._jobs.pop(trial_id), error)
 
-    # Tune pickles and saves its searcher for a restore that graft never does: the run's folder is what a search is rebuilt from.
+    # Tune pickles and saves its searcher for a restore that graft never does: a search is rebuilt from the run's folder.
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

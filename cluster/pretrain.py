@@ -37,8 +37,9 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
         RuntimeError: the worker's own error, after the recipe's retries.
     """
     import ray.train
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig  # what ray.train gives at run time; its stubs name the old one
 
     storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
     config = {"recipe": recipe.model_dump(mode="json"), "source": str(source.path.resolve()), "run": str(run)}

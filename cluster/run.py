@@ -99,15 +99,18 @@ def ready_sets(recipe: Recipe) -> ShardSet:
         UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
     """
     names = [recipe.data.source, *(target.set for target in recipe.fanout.targets)]
+    missing: dict[str, set[str]] = {}
     for name in names:
-        dataset = name.partition("/")[0]
         if not (set_path(recipe, name) / "manifest.json").exists():
+            dataset = name.partition("/")[0]
             if dataset not in DATASETS:
                 raise UserError(f"there is no set at {set_path(recipe, name)}: pack one with `graft shards pack FOLDER --out "
                                 f"{Path(recipe.data.root) / name}`, or name one of the datasets {', '.join(DATASETS)}.")
-            console.print(f"shards    fetching {dataset}")
-            with _timed(None, "shards"):
-                fetch(dataset, recipe.data.root)
+            missing.setdefault(dataset, set()).add(name)
+    for dataset, wanted in missing.items():
+        console.print(f"shards    fetching {', '.join(sorted(wanted))}")
+        with _timed(None, "shards"):
+            fetch(dataset, recipe.data.root, only=wanted)
     source = open_set(set_path(recipe, recipe.data.source))
     for target in recipe.fanout.targets:
         load_target(str(set_path(recipe, target.set)), recipe.adaptation.shots, recipe.seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from training.world import World
 
@@ -28,5 +28,5 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, argu
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     """``function(world, *arguments)`` on ``size`` processes; the results by rank. ``function`` is a module's top-level one."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, args=(function, size, folder, arguments), nprocs=size)
+        spawn(_entry, args=(function, size, folder, arguments), nprocs=size)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]

@@ -115,7 +115,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
             "image_shape": list(source.manifest.image_shape),
             "data_position": dict(zip(("pass", "samples"), divmod(state.images, len(source.indices())), strict=True)),
             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
-            "augmentation": None, "wandb_run_id": f"pretrain-{identity}"})
+            "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
         prune(folder, config.keep_checkpoints)
         z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
         save_grid(generate(average, z), folder / "samples.png")

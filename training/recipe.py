@@ -15,7 +15,6 @@ from pydantic import Field, field_validator, model_validator
 
 from data_shards.errors import UserError
 from training.config import Config, apply_overrides, build, operational
-from training.methods import METHODS
 from training.models import MODELS
 from training.objectives import OBJECTIVES
 from training.optimizers import OPTIMIZERS

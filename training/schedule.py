@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 Schedule = float | list[tuple[float, float]]
 """A constant, or knots ``[[images, value], ...]`` joined by straight lines and held beyond both ends."""
 
@@ -29,7 +31,7 @@ def check_schedule(schedule: Schedule) -> Schedule:
         return schedule
     if not schedule:
         raise ValueError("give at least one [images, value] knot")
-    for (earlier, _), (later, _) in zip(schedule, schedule[1:], strict=False):
+    for (earlier, _), (later, _) in itertools.pairwise(schedule):
         if later <= earlier:
             raise ValueError("the knots' images must increase")
     if any(value < 0 for _, value in schedule):

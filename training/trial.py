@@ -241,7 +241,8 @@ def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Targ
     if trial.checkpoint:
         load_start(networks, Path(trial.checkpoint))
     METHODS[trial.method].prepare(networks, config)
-    average, tensors, images = make_average(networks["generator"]), {}, 0
+    average, images = make_average(networks["generator"]), 0
+    tensors: dict[str, dict[str, Tensor]] = {}
     if (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
         tensors, saved = load_checkpoint(folder / "best")
         images = int(saved["images"])

@@ -7,14 +7,21 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_shards import UserError
-from training import checkpoint
-from training.checkpoint import (checkpoint_hash, checkpoint_problem, latest_valid, load_checkpoint, prune, save_checkpoint,
-                                 step_folder)
+from training.checkpoint import (
+    checkpoint_hash,
+    checkpoint_problem,
+    latest_valid,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    step_folder,
+)
 from training.events import append_event, cut_events, read_events
 
 WEIGHTS = {"generator": {"w": torch.arange(6.0).reshape(2, 3)}, "generator_ema": {"w": torch.ones(2)}}
@@ -69,14 +76,14 @@ def test_a_writer_killed_anywhere_leaves_no_half_checkpoint(tmp_path: Path, call
         seen = 0
         real = os.fsync
 
-        def deadly(descriptor: int) -> None:
+        def deadly(descriptor: Any) -> None:
             nonlocal seen
             if seen == call:
                 os._exit(9)
             seen += 1
             real(descriptor)
 
-        checkpoint.os.fsync = deadly  # type: ignore[assignment]
+        os.fsync = deadly
         save(tmp_path, 128)
         os._exit(0)
     os.waitpid(pid, 0)

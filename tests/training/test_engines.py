@@ -29,7 +29,7 @@ def recipe(optimizer: str, kind: str = "torch", zero: int = 0) -> TrainingConfig
     common: dict[str, Any] = {"name": optimizer, "lr": LR, "channels": 8, "betas": (0.5, 0.9)}
     return TrainingConfig(
         generator=GeneratorConfig(latent_dim=8, **common), discriminator=DiscriminatorConfig(**common),
-        engine=EngineConfig(kind=kind, zero=zero), images=BATCH * STEPS, batch=BATCH)  # type: ignore[arg-type]
+        engine=EngineConfig(kind=kind, zero=zero), images=BATCH * STEPS, batch=BATCH)
 
 
 def plan(until: int = BATCH * STEPS) -> Plan:

@@ -52,9 +52,10 @@ def weights_of(run: Path, trial: Trial, recipe: TrainingRecipe) -> dict[str, dic
 def test_a_final_row_has_every_field_and_the_scores_of_the_reference_set(run: Path) -> None:
     recipe = toy_recipe(run.parent)
     row = run_trial(make_trial(run), recipe, run, until=32)
-    fields = ("domain method start seed trial status shots images_budget images_seen seconds gpu_hours kid kid_ci95 fd fid "
-              "precision recall density coverage copy_rate auth_pct disqualified reason checkpoint").split()
-    assert set(fields) <= row.keys()
+    fields = {*"domain method start seed trial status shots images_budget images_seen seconds gpu_hours".split(),  # noqa: SIM905
+              *"kid kid_ci95 fd fid precision recall density coverage copy_rate auth_pct".split(),  # noqa: SIM905
+              "disqualified", "reason", "checkpoint"}
+    assert fields <= row.keys()
     assert (row["status"], row["images_seen"], row["start"], row["fid"]) == ("finished", 32, "pretrain", None)
     # Scored again here, from the checkpoint, on the reference split read by hand: the same number, and not the pool's.
     target = open_set(run.parent / "target")
@@ -126,11 +127,13 @@ def test_freezed_keeps_its_blocks_bit_for_bit_and_moves_the_rest(run: Path) -> N
 def test_the_id_follows_what_decides_the_result_and_nothing_else(run: Path) -> None:
     recipe, trial = toy_recipe(run.parent), make_trial(run)
     identity = trial_id(trial, recipe)
-    for key, value in (("wandb.project", "other"), ("data.workers", 3), ("training.report_every_images", 8), ("name", "x"),
-                       ("training.engine.kind", "deepspeed"), ("training.images", 999), ("meta.steps", 9)):
+    same: dict[str, object] = {"wandb.project": "other", "data.workers": 3, "training.report_every_images": 8, "name": "x",
+                               "training.engine.kind": "deepspeed", "training.images": 999, "meta.steps": 9}
+    for key, value in same.items():
         other = TrainingRecipe.model_validate(apply_overrides(toy_tree(run.parent), {key: value}))
         assert trial_id(trial, other) == identity, key
-    for key, value in (("adaptation.lr", 1e-5), ("adaptation.shots", 3), ("evaluation.samples", 8), ("seed", 4)):
+    unlike: dict[str, object] = {"adaptation.lr": 1e-5, "adaptation.shots": 3, "evaluation.samples": 8, "seed": 4}
+    for key, value in unlike.items():
         other = TrainingRecipe.model_validate(apply_overrides(toy_tree(run.parent), {key: value}))
         assert trial_id(trial, other) != identity, key
     for change in ({"seed": 2}, {"method": "freezed"}, {"phase": "search"}, {"checkpoint_sha256": "0" * 64},
@@ -159,7 +162,7 @@ def test_support_sets_depend_on_the_seed_and_not_on_the_method(run: Path) -> Non
 
 def test_a_domain_smaller_than_its_shots_is_refused(tmp_path: Path) -> None:
     target = toy_set(tmp_path / "small", train=9, reference=9)
-    with pytest.raises(UserError, match="9 images in its support pool, fewer than adaptation.shots = 10"):
+    with pytest.raises(UserError, match=r"9 images in its support pool, fewer than adaptation\.shots = 10"):
         support_indices(target, 10, 0)
     with pytest.raises(UserError, match="fewer than 8 beside 5 shots"):
         support_indices(target, 5, 0)

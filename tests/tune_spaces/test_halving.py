@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from training.methods import METHODS
 from tune_spaces.config import FanoutConfig, TargetConfig
 from tune_spaces.halving import SCHEDULERS, Ladder, asha, halving, winner
-from tune_spaces.space import candidates, fair_count
+from tune_spaces.space import Axis, candidates, fair_count
 
 LADDER = Ladder(candidates=4, rungs=3, reduction=2)
 
@@ -45,7 +45,8 @@ def test_a_failed_candidate_never_climbs_and_never_wins() -> None:
 def test_every_search_ends_with_the_whole_budget_spent_on_its_winner(n: int, rungs: int, reduction: int, seed: int,
                                                                      scheduler: str) -> None:
     """In whatever order jobs finish: nothing runs twice, the search ends, and synchronous halving ends alike."""
-    ladder, scores = Ladder(n, rungs, reduction), {}
+    ladder = Ladder(n, rungs, reduction)
+    scores: dict[tuple[int, int], float] = {}
     rng = random.Random(seed)
     table = {(c, r): random.Random(f"{seed} {c} {r}").random() for c in range(n) for r in range(rungs)}
     while ready := SCHEDULERS[scheduler](ladder, scores):
@@ -67,7 +68,7 @@ def test_asha_promotes_before_the_rung_is_full() -> None:
 
 
 def test_candidates_are_the_methods_own_axes_and_reproducible() -> None:
-    space = {"lr": [1e-4, 2e-4, 4e-4], "r1": [0.1, 1.0], "frozen_blocks": [1, 2]}
+    space: dict[str, Axis] = {"lr": [1e-4, 2e-4, 4e-4], "r1": [0.1, 1.0], "frozen_blocks": [1, 2]}
     assert {frozenset(c) for c in candidates(space, "finetune", 99, 0)} == {frozenset({"adaptation.lr", "adaptation.r1"})}
     assert len(candidates(space, "finetune", 99, 0)) == 6
     assert len(candidates(space, "freezed", 99, 0)) == 12
@@ -84,8 +85,8 @@ def test_every_method_gets_the_same_number_of_search_trials() -> None:
 
 
 def test_intervals_are_drawn_within_their_bounds() -> None:
-    space = {"lr": {"loguniform": (1e-5, 1e-3)}, "r1": [0.5, 1.0]}
-    drawn = candidates(space, "finetune", 50, 0)  # type: ignore[arg-type]  # dict is invariant in its values
+    space: dict[str, Axis] = {"lr": {"loguniform": (1e-5, 1e-3)}, "r1": [0.5, 1.0]}
+    drawn = candidates(space, "finetune", 50, 0)
     rates = [point["adaptation.lr"] for point in drawn]
     assert all(1e-5 <= rate <= 1e-3 for rate in rates)
     assert 10 < sum(rate < 1e-4 for rate in rates) < 40

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
@@ -20,7 +19,10 @@ SLOPE = 0.2
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, C, H, H) in [-1, 1]."""
+    """z (N, latent_dim) -> images (N, C, H, H), about [-1, 1].
+
+    No tanh at the end: on drawings that are mostly black it saturates and G stops learning (docs/LOG.md).
+    """
 
     def __init__(self, latent_dim: int, widths: list[int], base: int, image_channels: int) -> None:
         super().__init__()
@@ -37,11 +39,11 @@ class Generator(nn.Module):
         x = nn.functional.leaky_relu(self.project(z), SLOPE).unflatten(1, self.base_shape)
         for block in self.blocks[:-1]:
             x = nn.functional.leaky_relu(block(x), SLOPE)
-        return torch.tanh(self.blocks[-1](x))
+        return self.blocks[-1](x)
 
 
 class Discriminator(nn.Module):
-    """images (N, C, H, H) in [-1, 1] -> logits (N,)."""
+    """images (N, C, H, H), about [-1, 1] -> logits (N,)."""
 
     def __init__(self, widths: list[int], base: int, image_channels: int) -> None:
         super().__init__()
