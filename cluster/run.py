@@ -28,7 +28,7 @@ from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
 from training.recipe import per_worker_batch
-from training.trial import load_target
+from training.target import load_target
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import yaml
@@ -26,6 +26,17 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def operational(default: Any, description: str, **bounds: Any) -> Any:
     """A field that does not change a trial's result (threads, paths, logging), so not part of its id."""
     return Field(default, description=description, json_schema_extra={"operational": True}, **bounds)
+
+
+def one_of(known: Callable[[], Mapping[str, Any]], what: str) -> Any:
+    """A validator that a name is a key of ``known()`` (asked late: the dict may stand below) and otherwise lists the keys."""
+
+    def check(cls: type, name: str) -> str:
+        if name not in known():
+            raise ValueError(f"there is no such {what}; known: {', '.join(known())}")
+        return name
+
+    return check
 
 
 def result_fields(config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def make_networks(config: TrainingConfig, image_shape: ImageShape, seed: int) ->
     """Fresh networks on this process's device; the same seed gives the same weights on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw(seed, "weights", 0).initial_seed())
-        networks = MODELS[config.generator.model](config, image_shape)
+        networks = MODELS[config.generator.model](config.generator, config.discriminator, image_shape)
     return {name: network.to(device()) for name, network in networks.items()}
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field, field_validator
 
-if TYPE_CHECKING:
-    from training.recipe import OptimizerConfig
+from training.config import Config, one_of
+from training.schedule import Schedule, check_schedule
 
 Parameters = Iterable[torch.nn.Parameter]
+
+
+class OptimizerConfig(Config):
+    name: str = Field("adam", description="optimizer: adam, adamw or sgd")
+    lr: Schedule = Field(2e-4, description="learning rate; a number or [[images, value], ...]")
+    betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments, or (momentum, unused)")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, or L2 in Adam and SGD")
+
+    _known = field_validator("name")(one_of(lambda: OPTIMIZERS, "optimizer"))
+    _lr = field_validator("lr")(check_schedule)
 
 
 def _adam(parameters: Parameters, config: OptimizerConfig) -> torch.optim.Optimizer:

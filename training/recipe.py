@@ -15,25 +15,16 @@ from pydantic import Field, field_validator, model_validator
 
 from data_shards.errors import UserError
 from training.config import Config, apply_overrides, build, operational
+from training.engines import EngineConfig
 from training.models import MODELS
-from training.objectives import OBJECTIVES
-from training.optimizers import OPTIMIZERS
+from training.models.config import DiscriminatorConfig, GeneratorConfig
+from training.objectives import ObjectiveConfig
 from training.schedule import Schedule, check_schedule
+from training.wandb_log import WandbConfig
 
 HIGHER_SECTIONS = ("fanout", "cluster")
 SCHEMA_VERSION = 1
 RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
-
-
-def one_of(known: Mapping[str, Any], what: str) -> Any:
-    """A validator that a name is a key of ``known`` and otherwise lists the keys."""
-
-    def check(cls: type, name: str) -> str:
-        if name not in known:
-            raise ValueError(f"there is no such {what}; known: {', '.join(known)}")
-        return name
-
-    return check
 
 
 class DataConfig(Config):
@@ -42,43 +33,6 @@ class DataConfig(Config):
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
-
-
-class OptimizerConfig(Config):
-    name: str = Field("adam", description=f"optimizer: {', '.join(OPTIMIZERS)}")
-    lr: Schedule = Field(2e-4, description="learning rate; a number or [[images, value], ...]")
-    betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments, or (momentum, unused)")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, or L2 in Adam and SGD")
-
-    _known = field_validator("name")(one_of(OPTIMIZERS, "optimizer"))
-    _lr = field_validator("lr")(check_schedule)
-
-
-class GeneratorConfig(OptimizerConfig):
-    model: str = Field("dcgan", description="generator and discriminator shape: " + ", ".join(MODELS))
-    channels: int = Field(64, ge=4, description="channels of the layer at full resolution; deeper layers double it")
-    latent_dim: int = Field(128, ge=1, description="size of the latent z ~ N(0, I)")
-
-    _model = field_validator("model")(one_of(MODELS, "model"))
-
-
-class DiscriminatorConfig(OptimizerConfig):
-    channels: int = Field(64, ge=4, description="channels of the first layer; deeper layers double it")
-
-
-class ObjectiveConfig(Config):
-    loss: str = Field("relativistic", description=f"adversarial loss: {', '.join(OBJECTIVES)}")
-    r1: Schedule = Field(1.0, description="weight gamma of the penalty gamma/2 |grad_x D(x)|^2 on real images")
-    r2: Schedule = Field(1.0, description="weight gamma of the same penalty on generated images")
-
-    _known = field_validator("loss")(one_of(OBJECTIVES, "objective"))
-    _schedules = field_validator("r1", "r2")(check_schedule)
-
-
-class EngineConfig(Config):
-    kind: Literal["deepspeed", "torch"] = operational("deepspeed", "who steps the networks; both give the same numbers")
-    zero: Literal[0, 1, 2] = operational(2, "DeepSpeed's ZeRO stage of both engines")
 
 
 class TrainingConfig(Config):
@@ -98,6 +52,12 @@ class TrainingConfig(Config):
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
+
+    @model_validator(mode="after")
+    def _known_model(self) -> TrainingConfig:
+        if self.generator.model not in MODELS:
+            raise ValueError(f"there is no such model; known: {', '.join(MODELS)}")
+        return self
 
 
 class MetaConfig(Config):
@@ -132,13 +92,6 @@ class EvaluationConfig(Config):
     net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception")
     samples: int = Field(500, ge=8, description="generated images per score")
     encoder_images: int = Field(120_000, ge=1, description="images seen by the in-domain encoder's training")
-
-
-class WandbConfig(Config):
-    mode: Literal["auto", "online", "offline", "disabled"] = operational(
-        "auto", "auto is online where an API key is known, and offline otherwise")
-    project: str = operational("graft", "W&B project")
-    entity: str | None = operational(None, "W&B user or team; null is the key's own")
 
 
 class TrainingRecipe(Config):

@@ -5,35 +5,36 @@ Plain functions of one process: the fan-out runs them as Ray Tune trials, a note
 
 from __future__ import annotations
 
-import functools
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards import ShardSet, batches, load_images, open_set
-from data_shards.errors import UserError
+from data_shards import batches
 from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint, write_json
 from training.config import apply_overrides, content_id, result_fields
-from training.draws import generator, latents
+from training.draws import latents
 from training.ema import make_average
-from training.engines import make_engine
+from training.engines import EngineConfig, make_engine
 from training.events import append_event, cut_events
 from training.families import FAMILIES
 from training.loop import NonFinite, Plan, State, train
 from training.methods import METHODS
 from training.metrics.copying import nearest_support
-from training.metrics.features import FeatureNet, load_feature_net
 from training.metrics.kid import kid
 from training.metrics.score import contract, score
 from training.networks import load_start, load_weights, make_networks
+from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
-from training.recipe import AdaptationConfig, EngineConfig, OptimizerConfig, TrainingRecipe, resolve
+from training.recipe import AdaptationConfig, TrainingRecipe, resolve
+from training.target import Target, feature_net, load_target, open_cached, target_features
 from training.wandb_log import open_run
 from training.world import World
 
@@ -67,66 +68,6 @@ def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
 
 def trial_folder(run: Path, trial: Trial, identity: str) -> Path:
     return run / "domains" / trial.domain / identity
-
-
-@functools.lru_cache(maxsize=64)
-def open_cached(path: str) -> ShardSet:
-    return open_set(path)
-
-
-@functools.lru_cache(maxsize=2)
-def feature_net(name: str, run: str) -> FeatureNet:
-    """The contract's net; the in-domain encoder lies in the run's folder."""
-    return load_feature_net(name, Path(run) / "encoder.safetensors" if name == "encoder" else None)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A domain's images under one seed: all uint8 NCHW, disjoint."""
-
-    support_indices: tuple[int, ...]
-    support: Tensor
-    held_back: Tensor  # the rest of the support pool: candidates are chosen on it
-    reference: Tensor  # the final score's, used for nothing else
-    image_shape: tuple[int, int, int]
-    reference_sha256: str
-
-
-def support_indices(images: ShardSet, shots: int, seed: int) -> tuple[int, ...]:
-    """The ``shots`` images of the pool that a seed trains on.
-
-    Raises:
-        UserError: when the pool has fewer than ``shots`` images and some to hold back.
-    """
-    pool = images.indices("train")
-    if len(pool) < shots:
-        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, fewer than "
-                        f"adaptation.shots = {shots}; lower it or pack more images.")
-    if len(pool) < shots + 8:
-        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, which leaves fewer than 8 "
-                        f"beside {shots} shots to choose candidates on; lower adaptation.shots or pack more images.")
-    order = torch.randperm(len(pool), generator=generator(seed, "support", 0))
-    return tuple(int(pool[i]) for i in order[:shots])
-
-
-@functools.lru_cache(maxsize=16)
-def load_target(path: str, shots: int, seed: int) -> Target:
-    images = open_cached(path)
-    chosen = support_indices(images, shots, seed)
-    reference = images.indices("reference")
-    if len(reference) < 8:
-        raise UserError(f"the target set {path} has {len(reference)} reference images; pack it with --reference 0.5.")
-    rest = [int(i) for i in images.indices("train") if int(i) not in set(chosen)]
-    return Target(chosen, load_images(images, list(chosen))[0], load_images(images, rest)[0],
-                  load_images(images, reference)[0], images.manifest.image_shape, images.manifest.sha256)
-
-
-@functools.lru_cache(maxsize=16)
-def target_features(path: str, shots: int, seed: int, net: str, run: str) -> dict[str, Tensor]:
-    """Features of a target's three parts under the contract's net."""
-    target, extractor = load_target(path, shots, seed), feature_net(net, run)
-    return {"support": extractor.extract(target.support), "held_back": extractor.extract(target.held_back),
-            "reference": extractor.extract(target.reference)}
 
 
 def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
@@ -172,7 +113,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
             progress(state.images, metrics)
 
     support = batches(open_cached(trial.set_path), batch=config.batch, seed=trial.seed, images_seen=state.images, streams=1,
-                      subset=_array(target.support_indices))
+                      subset=np.asarray(target.support_indices, np.int64))
     previous = row or {"rungs": {}}
     row = empty_row(trial, identity, config) | {"rungs": dict(previous["rungs"])}
     try:
@@ -213,8 +154,6 @@ def empty_row(trial: Trial, identity: str, config: AdaptationConfig) -> dict[str
 
 def read_row(folder: Path) -> dict[str, Any] | None:
     """The row that a trial wrote, None where it has written none."""
-    import json
-
     path = folder / "row.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -279,15 +218,7 @@ def _save_nearest(fakes: Tensor, fake_features: Tensor, support: Tensor, support
     save_grid(torch.cat([fakes, support[nearest]]), path, columns=len(fakes))
 
 
-def _array(indices: tuple[int, ...]) -> Any:
-    import numpy as np
-
-    return np.asarray(indices, np.int64)
-
-
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return version("graft-gan")
     except PackageNotFoundError:

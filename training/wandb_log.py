@@ -17,13 +17,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from data_shards.errors import UserError
-
-if TYPE_CHECKING:
-    from training.recipe import WandbConfig
+from training.config import Config, operational
 
 INIT_TIMEOUT_S = 10.0
 FINISH_TIMEOUT_S = 15.0
@@ -37,6 +35,13 @@ _URL_QUERY_SECRET = re.compile(
 
 _log = logging.getLogger(__name__)
 _online_failed = False  # once a connection failed, later runs of this process go straight to offline
+
+
+class WandbConfig(Config):
+    mode: Literal["auto", "online", "offline", "disabled"] = operational(
+        "auto", "auto is online where an API key is known, and offline otherwise")
+    project: str = operational("graft", "W&B project")
+    entity: str | None = operational(None, "W&B user or team; null is the key's own")
 
 
 class WandbRun:

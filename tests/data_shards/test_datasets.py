@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_shards import DATASETS, UserError, fetch, load_images, open_set, verify
-from data_shards.datasets import download, kanjivg, mnist, quickdraw
+from data_shards.datasets import cifar10, download, kanjivg, mnist, quickdraw
 from data_shards.datasets.download import Archive, get_archive
 from data_shards.manifest import hash_file
 
@@ -38,6 +39,24 @@ def idx(array: np.ndarray) -> bytes:
     return b"\0\0\x08" + bytes([array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
 
 
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def put_in_cache(name: str, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes `files` the archive of dataset `name`, where the cache has it; a download fails the test."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "archives").mkdir(parents=True, exist_ok=True)
+    dataset = DATASETS[name]
+    path = write_tgz(tmp_path / "cache" / "archives" / dataset.archive.filename, files)
+    archive = dataclasses.replace(dataset.archive, sha256=hash_file(path))
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(dataset, archive=archive))
+    monkeypatch.setattr(download, "_run", lambda *_: pytest.fail("downloaded although the cache has it"))
+    return path
+
+
 @pytest.fixture
 def mnist_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive like the registry's, at a sixtieth of its size, where the cache has it."""
@@ -49,18 +68,11 @@ def mnist_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         images[:, 0, 0], images[:, 5:9, 5:9] = labels, rng.integers(1, 256, (count, 4, 4))
         files[f"package/data/{prefix}-images-idx3-ubyte"] = idx(images)
         files[f"package/data/{prefix}-labels-idx1-ubyte"] = idx(labels)
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "archives").mkdir(parents=True)
-    path = write_tgz(tmp_path / "cache" / "archives" / mnist.ARCHIVE.filename, files)
-    dataset = DATASETS["mnist"]
-    archive = dataclasses.replace(dataset.archive, sha256=hash_file(path))
-    monkeypatch.setitem(DATASETS, "mnist", dataclasses.replace(dataset, archive=archive))
-    monkeypatch.setattr(download, "_run", lambda *_: pytest.fail("downloaded although the cache has it"))
-    return path
+    return put_in_cache("mnist", files, tmp_path, monkeypatch)
 
 
 def test_an_unknown_name_lists_the_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose one of kanjivg, mnist, quickdraw"):
+    with pytest.raises(UserError, match="choose one of cifar10, kanjivg, mnist, quickdraw"):
         fetch("imagenet", tmp_path)
 
 
@@ -90,6 +102,72 @@ def test_fetch_packs_once_and_repairs_what_is_damaged(tmp_path: Path, mnist_arch
     assert (third.packed, third.kept) == (1, 1) and hash_file(shard) == digest
     with pytest.raises(UserError, match="has no set 'mnist/11'"):
         fetch("mnist", tmp_path / "shards", only={"mnist/11"})
+
+
+def cifar_files(per_class: int = 160) -> dict[str, bytes]:
+    """The package's files; an image's red is its label, its green and blue say which part and number it is."""
+    files = {}
+    for part, count, split in (("train", 10 * per_class, 5), ("test", 40, 1)):
+        labels = np.random.default_rng(0).permutation(np.arange(count) % 10)
+        rows = np.zeros((count, 1024, 3), np.uint8)
+        rows[..., 0], rows[..., 1], rows[:, 1, 2] = labels[:, None], 100 * (part == "test"), np.arange(count) % 256
+        for batch, images in enumerate(np.split(rows, split), start=1):
+            files[f"package/data_batch_{batch}.png" if split > 1 else "package/test_batch.png"] = png(images)
+        files[f"package/{part}_lables.json"] = json.dumps(labels.tolist()).encode()
+    return files
+
+
+def test_cifar10_test_images_are_only_ever_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_cache("cifar10", cifar_files(), tmp_path, monkeypatch)
+    sets = fetch("cifar10", tmp_path / "data").sets
+    assert set(sets) == {"cifar10/animals", *(f"cifar10/vehicles/{name}" for name in cifar10.VEHICLES)}
+    source = sets["cifar10/animals"]
+    assert source.manifest.splits == {"train": 960, "reference": 0} and source.manifest.image_shape == (3, 32, 32)
+    assert source.manifest.classes == ("bird", "cat", "deer", "dog", "frog", "horse")
+    assert "no explicit licence" in source.manifest.licence
+    images, labels = load_images(source, np.arange(960))
+    assert (images[:, 0, 5, 5] == labels + 2).all() and not images[:, 1].any(), "each train image has its own label"
+    for name, label in (("airplane", 0), ("automobile", 1), ("ship", 8), ("truck", 9)):
+        target = sets[f"cifar10/vehicles/{name}"]
+        assert target.manifest.splits == {"train": 150, "reference": 4} and target.manifest.classes == (name,)
+        for split, green in (("train", 0), ("reference", 100)):
+            rows = target.indices(split)
+            images, labels = load_images(target, rows)
+            assert (images[:, 0] == label).all() and (images[:, 1] == green).all() and (labels == 0).all()
+            numbers = [int(key.rpartition(b"-")[2]) % 256 for key in target.samples["key"][rows]]
+            assert images[:, 2, 0, 1].tolist() == numbers and not images[:, 2, 1, 0].any()
+
+
+def test_nested_sets_are_fetched_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put_in_cache("cifar10", cifar_files(), tmp_path, monkeypatch)
+    root, only = tmp_path / "data", {"cifar10/vehicles/ship"}
+    assert list(fetch("cifar10", root, only=only).sets) == ["cifar10/vehicles/ship"]
+    assert [found.parent.relative_to(root).as_posix() for found in root.rglob("manifest.json")] == list(only)
+    path.rename(path.with_suffix(".away"))
+    assert fetch("cifar10", root, only=only).kept == 1, "what is there needs no archive"
+    path.with_suffix(".away").rename(path)
+    with pytest.raises(UserError, match="has no set 'cifar10/vehicles'"):
+        fetch("cifar10", root, only={"cifar10/vehicles"})
+    second = fetch("cifar10", root, only={"cifar10/vehicles/truck", *only})
+    assert (second.packed, second.kept) == (1, 1)
+    whole = fetch("cifar10", root)
+    assert (len(whole.sets), whole.packed, whole.kept) == (5, 3, 2)
+
+
+def test_cifar10_files_are_checked(tmp_path: Path) -> None:
+    files = cifar_files(10)
+    del files["package/data_batch_3.png"]
+    with pytest.raises(UserError, match=r"lacks the file 'data_batch_3\.png'"):
+        cifar10.read_images(write_tgz(tmp_path / "a.tgz", files))
+    files["package/data_batch_3.png"] = png(np.zeros((3, 1024, 3), np.uint8))
+    with pytest.raises(UserError, match="100 labels for 83 train images"):
+        cifar10.read_images(write_tgz(tmp_path / "b.tgz", files))
+    for bad in (b"no PNG", png(np.zeros((3, 1024), np.uint8)), png(np.zeros((3, 1000, 3), np.uint8))):
+        with pytest.raises(UserError, match=r"x\.png in .* remove the archive"):
+            cifar10.parse_batch(bad, "x.png")
+    for bad in (b"[1,", b"{}", b"[10]", b"[-1]", b"[1.0]", b"[true]"):
+        with pytest.raises(UserError, match="is no list of labels"):
+            cifar10.parse_labels(bad, "x.json")
 
 
 def test_fetch_makes_every_set(tmp_path: Path, mnist_archive: Path) -> None:
@@ -211,6 +289,28 @@ def test_quickdraw_from_the_registry(tmp_path: Path) -> None:
             assert shard_set.manifest.splits == {"train": 50, "reference": 50}
             assert shard_set.manifest.classes[0] not in source.manifest.classes
     assert fetch("quickdraw", tmp_path).kept == 106
+
+
+@pytest.mark.network
+def test_quickdraw_targets_alone_from_the_registry(tmp_path: Path) -> None:
+    (target,) = fetch("quickdraw", tmp_path, only={"quickdraw/validation/sun"}).sets.values()
+    assert target.manifest.classes == ("sun",) and target.manifest.splits == {"train": 50, "reference": 50}
+    assert [path.parent.name for path in tmp_path.rglob("manifest.json")] == ["sun"]
+
+
+@pytest.mark.network
+def test_cifar10_from_the_registry(tmp_path: Path) -> None:
+    sets = fetch("cifar10", tmp_path).sets
+    source = sets["cifar10/animals"]
+    assert len(sets) == cifar10.SETS and len(source) == 30_000 and len(source.manifest.shards) == 24
+    assert (np.bincount(source.samples["label"]) == 5000).all()
+    for name in cifar10.VEHICLES:
+        assert sets[f"cifar10/vehicles/{name}"].manifest.splits == {"train": 150, "reference": 1000}
+    train, test = (cifar10.read_images(get_archive(cifar10.ARCHIVE))[part] for part in ("train", "test"))
+    assert (np.bincount(train[1]) == 5000).all() and (np.bincount(test[1]) == 1000).all()
+    # The mean and standard deviation of the train images that everybody quotes.
+    assert np.allclose(train[0].mean((0, 2, 3)) / 255, (0.4914, 0.4822, 0.4465), atol=1e-4)
+    assert np.allclose(train[0].std((0, 2, 3)) / 255, (0.2470, 0.2435, 0.2616), atol=1e-4)
 
 
 @pytest.mark.network

@@ -83,7 +83,7 @@ def test_a_writer_killed_anywhere_leaves_no_half_checkpoint(tmp_path: Path, call
             seen += 1
             real(descriptor)
 
-        os.fsync = deadly
+        setattr(os, "fsync", deadly)  # noqa: B010  # the child only
         save(tmp_path, 128)
         os._exit(0)
     os.waitpid(pid, 0)

@@ -14,11 +14,12 @@ from torch.nn.functional import softplus
 from tests.ranks import run_ranks
 from training.draws import latents
 from training.ema import make_average
-from training.engines import make_engine
+from training.engines import EngineConfig, make_engine
 from training.families import gan_phases
 from training.loop import Plan, State, train
+from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.networks import make_networks
-from training.recipe import DiscriminatorConfig, EngineConfig, GeneratorConfig, TrainingConfig
+from training.recipe import TrainingConfig
 from training.world import World
 
 BATCH, STEPS, SEED, GAMMA, LR = 8, 6, 3, 0.7, 1e-3

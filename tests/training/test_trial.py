@@ -20,7 +20,8 @@ from training.metrics.encoder import save_encoder, train_encoder
 from training.metrics.kid import kid
 from training.pretrain import pretrain
 from training.recipe import TrainingRecipe
-from training.trial import Trial, read_row, run_trial, support_indices, trial_folder, trial_id
+from training.target import feature_net, load_target, support_indices
+from training.trial import Trial, read_row, run_trial, trial_folder, trial_id
 from training.world import World
 
 
@@ -59,7 +60,7 @@ def test_a_final_row_has_every_field_and_the_scores_of_the_reference_set(run: Pa
     assert (row["status"], row["images_seen"], row["start"], row["fid"]) == ("finished", 32, "pretrain", None)
     # Scored again here, from the checkpoint, on the reference split read by hand: the same number, and not the pool's.
     target = open_set(run.parent / "target")
-    net = trials.feature_net("encoder", str(run))
+    net = feature_net("encoder", str(run))
     again = trials.rescore(row, recipe, run, set_path=str(run.parent / "target"), net="encoder")
     assert again["kid"] == pytest.approx(row["kid"], rel=1e-6)
     from training.draws import latents
@@ -152,7 +153,7 @@ def test_hyper_parameters_reach_the_training(run: Path) -> None:
 def test_support_sets_depend_on_the_seed_and_not_on_the_method(run: Path) -> None:
     target = open_set(run.parent / "target")
     assert support_indices(target, 5, 1) == support_indices(target, 5, 1) != support_indices(target, 5, 2)
-    loaded = trials.load_target(str(target.path), 5, 1)
+    loaded = load_target(str(target.path), 5, 1)
     assert len(loaded.support) == 5
     assert len(loaded.held_back) == 19
     assert len(loaded.reference) == 24

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from training.config import Config, operational
 from training.engines.torch import TorchEngine
+from training.optimizers import OptimizerConfig
 from training.world import World
-
-if TYPE_CHECKING:
-    from training.recipe import EngineConfig, OptimizerConfig
 
 OptimizerState = Mapping[str, Tensor]
 """``"<parameter>/<slot>"`` -> float32 tensor: whole parameters' moments, and ``"<slot>"`` -> a scalar such as Adam's step."""
+
+
+class EngineConfig(Config):
+    kind: Literal["deepspeed", "torch"] = operational("deepspeed", "who steps the networks; both give the same numbers")
+    zero: Literal[0, 1, 2] = operational(2, "DeepSpeed's ZeRO stage of both engines")
 
 
 class Engine(Protocol):

@@ -17,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from training.engines.torch import read_state, write_state
-from training.optimizers import make_optimizer
+from training.optimizers import OptimizerConfig, make_optimizer
 from training.world import World, device
 
 if TYPE_CHECKING:
     from training.engines import OptimizerState
-    from training.recipe import OptimizerConfig
 
 
 def deepspeed_config(*, zero: int, batch: int) -> dict[str, Any]:

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.optimizers import make_optimizer
+from training.optimizers import OptimizerConfig, make_optimizer
 from training.world import World
 
 if TYPE_CHECKING:
     from training.engines import OptimizerState
-    from training.recipe import OptimizerConfig
 
 
 class TorchEngine:

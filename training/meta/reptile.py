@@ -17,13 +17,14 @@ from data_shards import ShardSet, batches, episode, open_set
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.draws import generator, latents
-from training.engines import make_engine
+from training.engines import EngineConfig, make_engine
 from training.events import append_event, cut_events
 from training.families import FAMILIES
 from training.loop import NonFinite, Plan, State, train
 from training.networks import load_weights, make_networks
+from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
-from training.recipe import EngineConfig, OptimizerConfig, TrainingRecipe
+from training.recipe import TrainingRecipe
 from training.schedule import value_at
 from training.wandb_log import open_run
 from training.world import World

@@ -6,14 +6,11 @@ Both networks are a list of blocks from the image's side of D and from the laten
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from data_shards.errors import UserError
-
-if TYPE_CHECKING:
-    from training.recipe import TrainingConfig
+from training.models.config import DiscriminatorConfig, GeneratorConfig
 
 SLOPE = 0.2
 
@@ -73,7 +70,8 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def make_dcgan(config: TrainingConfig, image_shape: tuple[int, int, int]) -> dict[str, nn.Module]:
+def make_dcgan(generator: GeneratorConfig, discriminator: DiscriminatorConfig,
+               image_shape: tuple[int, int, int]) -> dict[str, nn.Module]:
     """Generator and discriminator for images of ``image_shape`` (C, H, W).
 
     Raises:
@@ -86,7 +84,7 @@ def make_dcgan(config: TrainingConfig, image_shape: tuple[int, int, int]) -> dic
     if height != width or not 4 <= base <= 7 or stages < 2:
         raise UserError(f"dcgan makes square images of 4 to 7 times a power of two (28, 32, 48, 64, ...), not "
                         f"{height} x {width}; pack the set at another --size.")
-    up = [config.generator.channels * 2**min(i, 3) for i in reversed(range(stages))]
-    down = [config.discriminator.channels * 2**min(i, 3) for i in range(stages)]
-    return {"generator": Generator(config.generator.latent_dim, up, base, channels),
+    up = [generator.channels * 2**min(i, 3) for i in reversed(range(stages))]
+    down = [discriminator.channels * 2**min(i, 3) for i in range(stages)]
+    return {"generator": Generator(generator.latent_dim, up, base, channels),
             "discriminator": Discriminator(down, base, channels)}

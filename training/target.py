@@ -1,0 +1,75 @@
+"""A target domain's images under one seed, and their features, kept over the trials of a process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_shards import ShardSet, load_images, open_set
+from data_shards.errors import UserError
+from training.draws import generator
+from training.metrics.features import FeatureNet, load_feature_net
+
+
+@functools.lru_cache(maxsize=64)
+def open_cached(path: str) -> ShardSet:
+    return open_set(path)
+
+
+@functools.lru_cache(maxsize=2)
+def feature_net(name: str, run: str) -> FeatureNet:
+    """The contract's net; the in-domain encoder lies in the run's folder."""
+    return load_feature_net(name, Path(run) / "encoder.safetensors" if name == "encoder" else None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A domain's images under one seed: all uint8 NCHW, disjoint."""
+
+    support_indices: tuple[int, ...]
+    support: Tensor
+    held_back: Tensor  # the rest of the support pool: candidates are chosen on it
+    reference: Tensor  # the final score's, used for nothing else
+    image_shape: tuple[int, int, int]
+    reference_sha256: str
+
+
+def support_indices(images: ShardSet, shots: int, seed: int) -> tuple[int, ...]:
+    """The ``shots`` images of the pool that a seed trains on.
+
+    Raises:
+        UserError: when the pool has fewer than ``shots`` images and some to hold back.
+    """
+    pool = images.indices("train")
+    if len(pool) < shots:
+        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, fewer than "
+                        f"adaptation.shots = {shots}; lower it or pack more images.")
+    if len(pool) < shots + 8:
+        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, which leaves fewer than 8 "
+                        f"beside {shots} shots to choose candidates on; lower adaptation.shots or pack more images.")
+    order = torch.randperm(len(pool), generator=generator(seed, "support", 0))
+    return tuple(int(pool[i]) for i in order[:shots])
+
+
+@functools.lru_cache(maxsize=16)
+def load_target(path: str, shots: int, seed: int) -> Target:
+    images = open_cached(path)
+    chosen = support_indices(images, shots, seed)
+    reference = images.indices("reference")
+    if len(reference) < 8:
+        raise UserError(f"the target set {path} has {len(reference)} reference images; pack it with --reference 0.5.")
+    rest = [int(i) for i in images.indices("train") if int(i) not in set(chosen)]
+    return Target(chosen, load_images(images, list(chosen))[0], load_images(images, rest)[0],
+                  load_images(images, reference)[0], images.manifest.image_shape, images.manifest.sha256)
+
+
+@functools.lru_cache(maxsize=16)
+def target_features(path: str, shots: int, seed: int, net: str, run: str) -> dict[str, Tensor]:
+    """Features of a target's three parts under the contract's net."""
+    target, extractor = load_target(path, shots, seed), feature_net(net, run)
+    return {"support": extractor.extract(target.support), "held_back": extractor.extract(target.held_back),
+            "reference": extractor.extract(target.reference)}
