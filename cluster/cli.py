@@ -163,7 +163,7 @@ def pack(source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of
          out: Annotated[Path, typer.Option("--out", metavar="DST", help="Folder for the shards.")],
          size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
          channels: Annotated[int, typer.Option(help="1 gray, 3 colour.")] = 3,
-         reference: Annotated[float, typer.Option(help="Share of the images held out for scores.")] = 0.5,
+         reference: Annotated[float, typer.Option(help="Share of the images held out for scores; a target needs some.")] = 0.0,
          max_bad: Annotated[int, typer.Option(help="Unreadable images that are left out before it is an error.")] = 0,
          overwrite: Overwrite = False) -> None:
     """Pack a folder of images; its subfolders are the classes."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from data_shards import batches
@@ -89,6 +90,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     torch.set_num_threads(recipe.training.threads)
     started = time.monotonic()
     target = load_target(trial.set_path, config.shots, trial.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     state = _make_state(trial, recipe, folder, target)
     events = folder / "events.jsonl"
     cut_events(events, state.images)
@@ -100,13 +102,17 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     average = state.averages["generator"]
     z = latents(trial.seed, "evaluation", 0, recipe.evaluation.samples, recipe.training.generator.latent_dim)
     extractor = feature_net(recipe.evaluation.net, str(run))
-    scored: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
+
+    def look() -> None:
+        """Generate from the same latents as ever, and take the selection score."""
+        seen["images"] = generate(average, z)
+        seen["features"] = extractor.extract(seen["images"])
+        seen["selection_kid"] = kid(seen["features"], features["held_back"])
 
     def report(state: State, metrics: dict[str, float]) -> None:
-        fake = generate(average, z)
-        scored.update(images=fake, features=extractor.extract(fake))
-        metrics = {**metrics, "selection_kid": kid(scored["features"], features["held_back"])}
-        scored["metrics"] = metrics
+        look()
+        metrics = {**metrics, "selection_kid": seen["selection_kid"]}
         append_event(events, stage=trial.phase, trial=identity, images=state.images, metrics=metrics)
         log.log(metrics, state.images)
         if progress:
@@ -114,22 +120,24 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
 
     support = batches(open_cached(trial.set_path), batch=config.batch, seed=trial.seed, images_seen=state.images, streams=1,
                       subset=np.asarray(target.support_indices, np.int64))
-    previous = row or {"rungs": {}}
-    row = empty_row(trial, identity, config) | {"rungs": dict(previous["rungs"])}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
         train(state, FAMILIES[recipe.training.family](recipe.training.objective.loss), (b.images for b in support),
               _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
     else:
-        row["selection_kid"] = row["rungs"][str(until)] = scored["metrics"]["selection_kid"]
+        if not seen:  # trained before, killed before its row was written
+            look()
+        row["selection_kid"] = row["rungs"][str(until)] = seen["selection_kid"]
         row["status"] = "finished" if state.images >= config.images else "running"
         if trial.phase == "final":
-            row |= score(scored["features"], features["reference"], features["support"], features["held_back"],
+            row |= score(seen["features"], features["reference"], features["support"], features["held_back"],
                          seed=trial.seed, net=recipe.evaluation.net)
             row["contract"] = contract(extractor, target.reference_sha256, len(z), len(target.reference), _version())
-        save_grid(scored["images"][:32], folder / "samples.png")
-        _save_nearest(scored["images"][:8], scored["features"][:8], target.support, features["support"],
+        save_grid(seen["images"][:32], folder / "samples.png")
+        _save_nearest(seen["images"][:8], seen["features"][:8], target.support, features["support"],
                       folder / "nearest.png")
         log.log_image("samples", folder / "samples.png")
         _save(trial, recipe, state, folder / "best")
@@ -182,7 +190,7 @@ def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Targ
     METHODS[trial.method].prepare(networks, config)
     average, images = make_average(networks["generator"]), 0
     tensors: dict[str, dict[str, Tensor]] = {}
-    if (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
+    if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
         tensors, saved = load_checkpoint(folder / "best")
         images = int(saved["images"])
         for name, network in {**networks, "generator_ema": average}.items():

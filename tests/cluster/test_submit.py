@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +23,7 @@ from cluster.errors import JobFailed
 from cluster.session import CODE_FOLDERS, check_visible, fits, preflight, ray_session, stage_code, staged_recipe
 from data_shards.errors import UserError
 from tests.conftest import find_free_port
+from tests.toy import toy_set, toy_tree
 
 TOKEN = "5e" * 32
 CANARY = "canary-7f3a9b"
@@ -109,6 +112,24 @@ def test_a_job_runs_and_is_followed_waited_for_and_listed(
     with submit.jobs_client(head["url"], job) as client:
         seen = str(client.get_job_info(job)) + client.get_job_logs(job)
     assert TOKEN not in seen and CANARY not in seen
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("token")
+def test_the_whole_job_runs_on_the_cluster(head: dict[str, str], tmp_path: Path) -> None:
+    """The same run as at home: sets, two workers, trials, page; through the Jobs API, joined with the cluster's token."""
+    toy_set(tmp_path / "source")
+    toy_set(tmp_path / "near", train=24, reference=24, seed=5)
+    tree = toy_tree(tmp_path, engine={"kind": "deepspeed", "zero": 1}) | {"cluster": {"workers": 2}, "fanout": {
+        "targets": [{"set": "near"}], "methods": ["scratch", "finetune"], "candidates": 1, "rungs": 1, "seeds": 2}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    job = submit.submit(str(tmp_path / "mine.yaml"), address=head["url"], out=str(tmp_path / "run"))
+    assert job
+    submit.jobs_wait(job, address=head["url"], timeout_s=240)
+    board = json.loads((tmp_path / "run" / "leaderboard.json").read_text())
+    assert sorted(row["seed"] for row in board["rows"] if row["phase"] == "final") == [1, 1, 2, 2]
+    assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
 @pytest.mark.ray

@@ -84,6 +84,17 @@ def test_a_finished_trial_is_not_run_again(run: Path, monkeypatch: pytest.Monkey
     assert run_trial(trial, recipe, run, until=32) == first
 
 
+@pytest.mark.parametrize("phase", ["search", "final"])
+def test_a_trial_killed_before_its_row_was_written_gives_the_same_row(run: Path, phase: str) -> None:
+    recipe, trial = toy_recipe(run.parent), make_trial(run, phase=phase, seed=11)
+    first = run_trial(trial, recipe, run, until=32)
+    (trial_folder(run, trial, first["trial"]) / "row.json").unlink()
+    again = run_trial(trial, recipe, run, until=32)
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+    log = read_events(trial_folder(run, trial, first["trial"]) / "events.jsonl")
+    assert [event["images"] for event in log] == [8, 16, 24, 32]
+
+
 def test_rungs_end_where_an_uninterrupted_trial_ends(run: Path) -> None:
     recipe = toy_recipe(run.parent)
     whole, stepwise = make_trial(run, phase="search", seed=3), make_trial(run, phase="search", seed=3, domain="same")
