@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.progress import Show, progress
 from cluster.recipe import Recipe
+from data_shards.errors import UserError
 from training.checkpoint import write_json
 from training.events import append_event
 from training.trial import Trial, empty_row, read_row, run_trial, trial_folder
@@ -100,9 +101,13 @@ def trainable(config: Mapping[str, Any]) -> None:
     """One Tune trial: run the job; its row goes to the run's folder, not through Tune."""
     from ray import tune
 
-    row = run_trial(Trial(**config["trial"]), Recipe.model_validate(config["recipe"]), Path(config["run"]),
-                    until=config["until"])
-    tune.report({"images_seen": row["images_seen"]})
+    try:
+        row = run_trial(Trial(**config["trial"]), Recipe.model_validate(config["recipe"]), Path(config["run"]),
+                        until=config["until"])
+    except UserError as error:  # settings that cannot work: a retry would not help
+        tune.report({"images_seen": 0, "refused": str(error)})
+    else:
+        tune.report({"images_seen": row["images_seen"], "refused": ""})
 
 
 def fan_out(recipe: Recipe, run: Path, races: list[Race]) -> Board:
@@ -128,11 +133,11 @@ def _tune(recipe: Recipe, run: Path, board: Board, show: Show) -> None:
         trial = {**vars(job.trial), "hyperparameters": dict(job.trial.hyperparameters)}
         return job, {"trial": trial, "until": job.until, "recipe": recipe.model_dump(mode="json"), "run": str(run)}
 
-    def complete(job: Job, error: bool) -> None:
+    def complete(job: Job, refused: str) -> None:
         board.running.discard((job.identity, job.until))
         row = read_row(trial_folder(run, job.trial, job.identity))
-        if error or row is None or (row["status"] != "failed" and row["images_seen"] < job.until):
-            row = board.fail(job, "its process ended more often than fanout.max_failures allows")
+        if refused or row is None or (row["status"] != "failed" and row["images_seen"] < job.until):
+            row = board.fail(job, refused or "its process ended more often than fanout.max_failures allows")
         board.report(job, row)
         value = row["selection_kid"] if row["kid"] is None else row["kid"]
         score = f"KID {value:.4g}" if value is not None else f"{row['status']}: {row['reason']}"

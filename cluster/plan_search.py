@@ -10,7 +10,8 @@ from ray.tune.search import Searcher
 from tune_spaces.plan import Job
 
 Suggest = Callable[[], tuple[Job, dict[str, Any]] | None]
-Complete = Callable[[Job, bool], None]
+Complete = Callable[[Job, str], None]
+"""(job, why its settings were refused, or "")"""
 
 
 class PlanSearch(Searcher):
@@ -29,7 +30,7 @@ class PlanSearch(Searcher):
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._complete(self._jobs.pop(trial_id), error)
+        self._complete(self._jobs.pop(trial_id), (result or {}).get("refused", ""))
 
     # Tune pickles and saves its searcher for a restore that graft never does: a search is rebuilt from the run's folder.
 

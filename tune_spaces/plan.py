@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from training.methods import METHODS
 from training.recipe import TrainingRecipe
 from training.trial import Trial, trial_id
-from tune_spaces.config import FanoutConfig, TargetConfig
+from tune_spaces.config import FanoutConfig
 from tune_spaces.halving import SCHEDULERS, Ladder, winner
 from tune_spaces.space import candidates, fair_count
 
@@ -68,20 +69,21 @@ def races(recipe: TrainingRecipe, fanout: FanoutConfig, root: Path, starts: Mapp
     for target in fanout.targets:
         path = str((root / target.set).resolve())
         for method in fanout.methods:
-            start = starts.get(METHODS[method].start)
-
-            def named(seed: int, phase: Literal["search", "final"], values: Mapping[str, Any], *, target: TargetConfig = target,
-                      path: str = path, method: str = method, start: Start | None = start) -> Named:
-                trial = Trial(target.domain, path, method, seed, phase, start.name if start else "scratch",
-                              start.checkpoint if start else None, start.sha256 if start else None, dict(values))
-                return Named(trial, trial_id(trial, recipe))
-
+            make = functools.partial(_named, recipe, target.domain, path, method, starts.get(METHODS[method].start))
             drawn = candidates(fanout.space, method, count, recipe.seed)
             found.append(Race(
                 target.domain, method, fanout.scheduler, ladder, budgets,
-                tuple(named(recipe.seed, "search", values) for values in drawn),
-                tuple(tuple(named(recipe.seed + 1 + i, "final", values) for i in range(fanout.seeds)) for values in drawn)))
+                search=tuple(make(recipe.seed, "search", values) for values in drawn),
+                finals=tuple(tuple(make(recipe.seed + 1 + i, "final", values) for i in range(fanout.seeds))
+                             for values in drawn)))
     return found
+
+
+def _named(recipe: TrainingRecipe, domain: str, path: str, method: str, start: Start | None, seed: int,
+           phase: Literal["search", "final"], values: Mapping[str, Any]) -> Named:
+    trial = Trial(domain, path, method, seed, phase, start.name if start else "scratch", start.checkpoint if start else None,
+                  start.sha256 if start else None, dict(values))
+    return Named(trial, trial_id(trial, recipe))
 
 
 def search_reports(race: Race, rows: Rows) -> dict[tuple[int, int], float]:

@@ -1,0 +1,95 @@
+"""The fan-out's board without Ray: decisions, failures, and which results may stand in one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.fanout import Board
+from cluster.leaderboard import build_leaderboard, contract_of
+from cluster.recipe import Recipe
+from data_shards import UserError
+from tests.toy import toy_set, toy_tree
+from training.checkpoint import write_json
+from training.events import read_events
+from training.trial import empty_row, trial_folder
+from tune_spaces.plan import Job, Start, races
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    toy_set(tmp_path / "near", train=24, reference=24)
+    recipe = Recipe.model_validate(toy_tree(tmp_path) | {"fanout": {
+        "targets": [{"set": "near"}], "methods": ["scratch", "finetune"], "space": {"lr": [1e-4, 1e-3]}, "candidates": 2,
+        "seeds": 3}})
+    starts = {"pretrain": Start("pretrain", str(tmp_path / "step"), "0" * 64)}
+    return Board(recipe, tmp_path / "run", races(recipe, recipe.fanout, tmp_path, starts))
+
+
+def played(board: Board, job: Job, score: float) -> dict[str, Any]:
+    """A row as `run_trial` would have written it."""
+    folder = trial_folder(board.run, job.trial, job.identity)
+    row = board.rows.get(job.identity) or empty_row(job.trial, job.identity, board.recipe.adaptation)
+    row |= {"images_seen": job.until, "selection_kid": score, "rungs": {**row["rungs"], str(job.until): score}}
+    if job.trial.phase == "final":
+        row |= {"status": "finished", "kid": score, "coverage": 0.5, "copy_rate": 0.0, "kid_ci95": [score, score],
+                "contract": {"net": "encoder", "net_hash": "a", "n_reference": 24, "reference_hash": "b"}}
+    write_json(folder / "row.json", row)
+    return row
+
+
+def play(board: Board, limit: int = 999) -> list[Job]:
+    """Run the plan with made-up scores: the higher rate is better, fine-tuning beats scratch."""
+    done = []
+    while (job := board.next_job()) and len(done) < limit:
+        base = 5.0 if job.trial.method == "scratch" else 1.0
+        board.report(job, played(board, job, base + 1e-4 / job.trial.hyperparameters["adaptation.lr"] + 0.1 * job.trial.seed ** 2))
+        done.append(job)
+    return done
+
+
+def test_a_plan_played_to_its_end(board: Board) -> None:
+    jobs = play(board)
+    assert len(jobs) == board.total() == board.reported() == 2 * (2 + 1 + 3)
+    assert board.finished()
+    finals = [job for job in jobs if job.rung == -1]
+    assert {job.trial.seed for job in finals} == {1, 2, 3}
+    assert all(job.trial.hyperparameters == {"adaptation.lr": 1e-3} for job in finals)
+    decisions = [e["metrics"] for e in read_events(board.run / "events.jsonl") if e["metrics"].get("decision") == "winner"]
+    assert {d["method"] for d in decisions} == {"scratch", "finetune"}
+    leaderboard = build_leaderboard(board.recipe, board.run, list(board.rows.values()), {"pretrain_seconds": 10.0})
+    verdict = next(v for v in leaderboard["verdicts"] if v["method"] == "finetune")
+    assert verdict["gain_over_scratch"] == pytest.approx(4.0)
+    assert verdict["verdict"] == "positive"
+    assert json.loads((board.run / "leaderboard.json").read_text()) == leaderboard
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7, 11])
+def test_a_board_rebuilt_from_the_folder_goes_on_with_the_same_plan(board: Board, stop: int, tmp_path: Path) -> None:
+    first = play(board, stop)
+    again = Board(board.recipe, board.run, board.races)
+    assert again.reported() == stop
+    rest = play(again)
+    assert len(first) + len(rest) == board.total()
+    assert not {(j.identity, j.until) for j in first} & {(j.identity, j.until) for j in rest}
+
+
+def test_a_lost_trial_is_a_failed_row_and_the_search_goes_on(board: Board) -> None:
+    job = board.next_job()
+    assert job is not None
+    board.report(job, board.fail(job, "its process ended"))
+    play(board)
+    assert board.finished()
+    row = board.rows[job.identity]
+    assert (row["status"], row["reason"]) == ("failed", "its process ended")
+    leaderboard = build_leaderboard(board.recipe, board.run, list(board.rows.values()), {})
+    assert row["trial"] in {r["trial"] for r in leaderboard["rows"]}, "a failed trial is shown, not hidden"
+
+
+def test_unlike_contracts_are_refused() -> None:
+    rows = [{"domain": "d", "contract": {"net": "encoder", "net_hash": h, "n_reference": 5, "reference_hash": "r"}} for h in "ab"]
+    with pytest.raises(UserError, match="net_hash"):
+        contract_of(rows)
