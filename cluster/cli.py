@@ -148,7 +148,7 @@ def sample(run: Run, out: Annotated[Path, typer.Option("--out", help="PNG file t
 
 
 @shards.command(epilog="Example: graft shards fetch quickdraw")
-def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, mnist, kanjivg ...")],
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, mnist, kanjivg or cifar10")],
           root: Annotated[Path, typer.Option(help="Folder that holds all sets.")] = Path("data")) -> None:
     """Get a dataset by name and pack its sets; what is there and intact is kept."""
     from data_shards import fetch as fetch_sets

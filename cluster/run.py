@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from training.pictures import save_grid
 from training.pretrain import finished_pretraining
 from training.recipe import per_worker_batch
 from training.target import load_target
+from training.world import device
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
 
@@ -50,9 +52,8 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     source = ready_sets(recipe) if "shards" in chosen else open_set(set_path(recipe, recipe.data.source))
     with ExitStack() as stack:
-        start_ray = _once(lambda: stack.enter_context(ray_session(
-            address, cpus=_cpus(recipe), folder=out, shards=[source.path, *(set_path(recipe, t.set) for t in
-                                                                            recipe.fanout.targets)])), recipe)
+        folders = [source.path, *(set_path(recipe, target.set) for target in recipe.fanout.targets)]
+        start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))
         board = None
         if "pretrain" in chosen:
             _pretrain(recipe, source, out, start_ray)
@@ -147,7 +148,7 @@ def _encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
     total = recipe.evaluation.encoder_images
     with _timed(out, "encoder"), progress("encoder", total, "images") as show:
         encoder = train_encoder(images, labels, classes=len(source.manifest.classes), seed=recipe.seed, images_budget=total,
-                                threads=max(1, _cpus(recipe)),
+                                device=device(), threads=_cpus(),
                                 progress=_every(5, lambda seen, loss: show(seen, f"loss {loss:.3f}")))
     save_encoder(encoder, path)
 
@@ -212,7 +213,7 @@ def _report(recipe: Recipe, out: Path, board: Board | None) -> None:
 
     if board:
         leaderboard = build_leaderboard(recipe, out, list(board.rows.values()), stage_seconds(out))
-        console.print(leaderboard_text(leaderboard, console.width))
+        console.print(leaderboard_text(leaderboard, console.width if console.is_terminal else 120))
         columns = ["domain", "method", "kid_mean", "gain_over_scratch", "verdict", "copy_rate_mean", "disqualified", "seeds"]
         with open_run(recipe.wandb, folder=out, group=recipe.name, job_type="report", run_id=f"report-{out.name}",
                       name="leaderboard", settings=recipe.model_dump(mode="json")) as log:
@@ -242,7 +243,7 @@ def _timed(out: Path | None, stage: str) -> Iterator[None]:
     console.print(f"{stage:<9} done in {seconds:.0f} s")
 
 
-def _once(start: Callable[[], Any], recipe: Recipe) -> Callable[[], None]:
+def _once(start: Callable[[], Any]) -> Callable[[], None]:
     """Start Ray on the first call only: a run that has nothing to train starts none."""
     started: list[bool] = []
 
@@ -254,10 +255,8 @@ def _once(start: Callable[[], Any], recipe: Recipe) -> Callable[[], None]:
     return once
 
 
-def _cpus(recipe: Recipe) -> int:
-    """CPUs of this machine that a Ray of our own may use."""
-    import os
-
+def _cpus() -> int:
+    """CPUs of this machine that this process may use."""
     return len(os.sched_getaffinity(0))
 
 

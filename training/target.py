@@ -13,6 +13,7 @@ from data_shards import ShardSet, load_images, open_set
 from data_shards.errors import UserError
 from training.draws import generator
 from training.metrics.features import FeatureNet, load_feature_net
+from training.world import device
 
 
 @functools.lru_cache(maxsize=64)
@@ -23,7 +24,7 @@ def open_cached(path: str) -> ShardSet:
 @functools.lru_cache(maxsize=2)
 def feature_net(name: str, run: str) -> FeatureNet:
     """The contract's net; the in-domain encoder lies in the run's folder."""
-    return load_feature_net(name, Path(run) / "encoder.safetensors" if name == "encoder" else None)
+    return load_feature_net(name, Path(run) / "encoder.safetensors" if name == "encoder" else None, device())
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class WandbRun:
         self._row(lambda wandb: {key: wandb.Table(columns=list(columns), data=[redact(list(row)) for row in rows])})
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the run, waiting at most FINISH_TIMEOUT_S for uploads; what is left goes with `graft wandb sync`."""
+        """Close the run, waiting at most FINISH_TIMEOUT_S for uploads; what is left goes with `wandb sync`."""
         run, self._run = self._run, None
         if run is not None:
             _guarded("finish", lambda: run.finish(exit_code=exit_code))

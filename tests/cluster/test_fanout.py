@@ -43,10 +43,11 @@ def played(board: Board, job: Job, score: float) -> dict[str, Any]:
 
 def play(board: Board, limit: int = 999) -> list[Job]:
     """Run the plan with made-up scores: the higher rate is better, fine-tuning beats scratch."""
-    done = []
+    done: list[Job] = []
     while (job := board.next_job()) and len(done) < limit:
         base = 5.0 if job.trial.method == "scratch" else 1.0
-        board.report(job, played(board, job, base + 1e-4 / job.trial.hyperparameters["adaptation.lr"] + 0.1 * job.trial.seed ** 2))
+        score = base + 1e-4 / job.trial.hyperparameters["adaptation.lr"] + 0.1 * job.trial.seed**2
+        board.report(job, played(board, job, score))
         done.append(job)
     return done
 
@@ -90,6 +91,7 @@ def test_a_lost_trial_is_a_failed_row_and_the_search_goes_on(board: Board) -> No
 
 
 def test_unlike_contracts_are_refused() -> None:
-    rows = [{"domain": "d", "contract": {"net": "encoder", "net_hash": h, "n_reference": 5, "reference_hash": "r"}} for h in "ab"]
+    shared = {"net": "encoder", "n_reference": 5, "reference_hash": "r"}
+    rows = [{"domain": "d", "contract": {**shared, "net_hash": letter}} for letter in "ab"]
     with pytest.raises(UserError, match="net_hash"):
         contract_of(rows)

@@ -116,6 +116,7 @@ def test_a_job_runs_and_is_followed_waited_for_and_listed(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("token")
 def test_the_whole_job_runs_on_the_cluster(head: dict[str, str], tmp_path: Path) -> None:
     """The same run as at home: sets, two workers, trials, page; through the Jobs API, joined with the cluster's token."""
@@ -126,7 +127,7 @@ def test_the_whole_job_runs_on_the_cluster(head: dict[str, str], tmp_path: Path)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
     job = submit.submit(str(tmp_path / "mine.yaml"), address=head["url"], out=str(tmp_path / "run"))
     assert job
-    submit.jobs_wait(job, address=head["url"], timeout_s=240)
+    submit.jobs_wait(job, address=head["url"], timeout_s=600)
     board = json.loads((tmp_path / "run" / "leaderboard.json").read_text())
     assert sorted(row["seed"] for row in board["rows"] if row["phase"] == "final") == [1, 1, 2, 2]
     assert (tmp_path / "run" / "report" / "index.html").exists()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_shards import ShardSet, batches, episode, open_set
+from data_shards.errors import UserError
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.draws import generator, latents
@@ -115,6 +116,9 @@ def draw_tasks(recipe: TrainingRecipe, source: ShardSet, step: int) -> list[Task
     """The tasks of outer step ``step``: classes drawn without repetition within the step."""
     config = recipe.meta
     classes = len(source.manifest.classes)
+    if classes < 2:
+        raise UserError(f"the source set {source.path} has {classes} classes, and meta-training takes its tasks from them; "
+                        f"pack it with one subfolder per class, or leave the methods that start from meta-learned weights out.")
     order = torch.randperm(classes, generator=generator(recipe.seed, "meta tasks", step))
     seeds = torch.randint(0, 2**31, (config.tasks,), generator=generator(recipe.seed, "meta support", step))
     return [Task(str(source.path), int(order[i % classes]), int(seeds[i])) for i in range(config.tasks)]
