@@ -44,13 +44,16 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
     Raises:
         UserError: the caller's mistake, before anything is trained where it can be known.
     """
+    out = out.resolve()  # Ray's workers have another working directory
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder.")
     chosen = stages or STAGES
     console.print("\n".join(derived(recipe, out)), markup=False)
     if dry_run:
         return
+    source = ready_sets(recipe) if "shards" in chosen else open_set(set_path(recipe, recipe.data.source))
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    source = ready_sets(recipe) if "shards" in chosen else open_set(set_path(recipe, recipe.data.source))
     with ExitStack() as stack:
         folders = [source.path, *(set_path(recipe, target.set) for target in recipe.fanout.targets)]
         start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))

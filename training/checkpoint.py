@@ -42,6 +42,7 @@ def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any]) ->
     for stem, named in tensors.items():
         path = partial / f"{stem}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, path)
+        path.chmod(0o644)  # safetensors writes 0600, which no colleague could read
         _sync(path)
         files[path.name] = file_sha256(path)
     text = json.dumps({"format_version": FORMAT_VERSION, **state, "versions": versions(), "files": files}, indent=1)

@@ -114,14 +114,15 @@ def build(model: type[ConfigT], tree: Mapping[str, Any], *, where: str) -> Confi
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a misspelt key explains a missing one
         if isinstance(first.get("ctx", {}).get("error"), UserError):
             raise UserError(f"{where}: {first['ctx']['error']}") from None
         raise UserError(f"{where}: {_explain(model, first)}") from None
 
 
 def _explain(model: type[Config], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in ("float", "int") and not str(part).startswith("list[")]
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(dotted, list(field_paths(model)), n=1, cutoff=0.5)

@@ -41,8 +41,9 @@ def write_recipe(root: Path) -> Path:
 def start(recipe: Path, out: Path, log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, "-m", "cluster", "run", str(recipe), "--out", str(out)], stdout=file,
-                                stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        # A relative --out, as users type it: Ray's workers have another working directory.
+        return subprocess.Popen([sys.executable, "-m", "cluster", "run", str(recipe), "--out", out.name], stdout=file,
+                                cwd=out.parent, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
 def finish(recipe: Path, out: Path, log: Path) -> str:

@@ -203,6 +203,7 @@ def save_encoder(encoder: Encoder, path: str | Path) -> str:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     temporary = path.with_name(path.name + ".tmp")
     save_file(state, temporary, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
+    temporary.chmod(0o644)  # safetensors writes 0600, which no colleague could read
     temporary.replace(path)
     return fingerprint
 
