@@ -61,6 +61,11 @@ class Board:
             self.rows.get(identity, {}).get("status") in ("finished", "failed")
             for _, identity in final_trials(race, self.rows)) for race in self.races)
 
+    def plan_rows(self) -> list[dict[str, Any]]:
+        """Every row in the order of the plan, whatever the order in which the trials ended."""
+        trials = [named for race in self.races for named in (*race.search, *final_trials(race, self.rows))]
+        return [self.rows[identity] for _, identity in trials if identity in self.rows]
+
     def report(self, job: Job, row: dict[str, Any]) -> None:
         """Take a job's row in; when that closes a search, write the decision down and stop the losers."""
         race = next(race for race in self.races if (race.domain, race.method) == (job.trial.domain, job.trial.method))

@@ -215,7 +215,7 @@ def _report(recipe: Recipe, out: Path, board: Board | None) -> None:
     from training.wandb_log import open_run
 
     if board:
-        leaderboard = build_leaderboard(recipe, out, list(board.rows.values()), stage_seconds(out))
+        leaderboard = build_leaderboard(recipe, out, board.plan_rows(), stage_seconds(out))
         console.print(leaderboard_text(leaderboard, console.width if console.is_terminal else 120))
         columns = ["domain", "method", "kid_mean", "gain_over_scratch", "verdict", "copy_rate_mean", "disqualified", "seeds"]
         with open_run(recipe.wandb, folder=out, group=recipe.name, job_type="report", run_id=f"report-{out.name}",
@@ -236,13 +236,15 @@ def stage_seconds(out: Path) -> dict[str, float]:
 
 @contextmanager
 def _timed(out: Path | None, stage: str) -> Iterator[None]:
-    started = time.monotonic()
+    started, completed = time.monotonic(), False
     try:
         yield
+        completed = True
     finally:
         seconds = time.monotonic() - started
         if out:
-            append_event(out / "events.jsonl", stage=stage, images=0, metrics={"seconds": round(seconds, 1)})
+            append_event(out / "events.jsonl", stage=stage, images=0,
+                         metrics={"seconds": round(seconds, 1), "completed": completed})
     console.print(f"{stage:<9} done in {seconds:.0f} s")
 
 

@@ -115,7 +115,8 @@ def build(model: type[ConfigT], tree: Mapping[str, Any], *, where: str) -> Confi
         return model.model_validate(tree)
     except ValidationError as error:
         found = error.errors()
-        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])  # a misspelt key explains a missing one
+        # A misspelt key explains a missing one, so it is named first.
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         if isinstance(first.get("ctx", {}).get("error"), UserError):
             raise UserError(f"{where}: {first['ctx']['error']}") from None
         raise UserError(f"{where}: {_explain(model, first)}") from None

@@ -154,7 +154,8 @@ def empty_row(trial: Trial, identity: str, config: AdaptationConfig) -> dict[str
     """A trial's row before it has any result."""
     scores = ("kid", "kid_ci95", "fd", "fid", "precision", "recall", "density", "coverage", "copy_rate", "auth_pct")
     return {
-        "schema_version": 1, "domain": trial.domain, "method": trial.method, "start": trial.start, "seed": trial.seed, "trial": identity,
+        "schema_version": 1,
+        "domain": trial.domain, "method": trial.method, "start": trial.start, "seed": trial.seed, "trial": identity,
         "status": "running", "shots": config.shots, "images_budget": config.images, "images_seen": 0, "seconds": 0.0,
         "gpu_hours": 0.0, **dict.fromkeys(scores), "disqualified": False, "reason": "", "checkpoint": None,
         "phase": trial.phase, "hyperparameters": dict(trial.hyperparameters), "selection_kid": None, "rungs": {}}

@@ -61,7 +61,7 @@ def test_a_plan_played_to_its_end(board: Board) -> None:
     assert all(job.trial.hyperparameters == {"adaptation.lr": 1e-3} for job in finals)
     decisions = [e["metrics"] for e in read_events(board.run / "events.jsonl") if e["metrics"].get("decision") == "winner"]
     assert {d["method"] for d in decisions} == {"scratch", "finetune"}
-    leaderboard = build_leaderboard(board.recipe, board.run, list(board.rows.values()), {"pretrain_seconds": 10.0})
+    leaderboard = build_leaderboard(board.recipe, board.run, board.plan_rows(), {"pretrain_seconds": 10.0})
     verdict = next(v for v in leaderboard["verdicts"] if v["method"] == "finetune")
     assert verdict["gain_over_scratch"] == pytest.approx(4.0)
     assert verdict["verdict"] == "positive"
@@ -86,7 +86,7 @@ def test_a_lost_trial_is_a_failed_row_and_the_search_goes_on(board: Board) -> No
     assert board.finished()
     row = board.rows[job.identity]
     assert (row["status"], row["reason"]) == ("failed", "its process ended")
-    leaderboard = build_leaderboard(board.recipe, board.run, list(board.rows.values()), {})
+    leaderboard = build_leaderboard(board.recipe, board.run, board.plan_rows(), {})
     assert row["trial"] in {r["trial"] for r in leaderboard["rows"]}, "a failed trial is shown, not hidden"
 
 
