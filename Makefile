@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench docs
+.PHONY: help setup run test lint bench chaos docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,9 @@ lint: $(STAMP)  ## ruff and mypy; nothing is changed
 bench: $(STAMP)  ## run every benchmarks/*.py
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "There is no benchmark in benchmarks/ yet." >&2; exit 2; }
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+chaos: $(STAMP)  ## kill a small run in pretraining and in the fan-out, and compare it with one that was not killed
+	$(BIN)/python -m pytest tests/cluster/test_run.py
 
 docs: $(STAMP)  ## write docs/recipes.md, the reference of every recipe key
 	$(BIN)/graft recipes schema --markdown > docs/recipes.md.new
