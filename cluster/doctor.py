@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import netrc
 import os
 import shutil
 import sys
@@ -41,7 +40,7 @@ def _torch() -> Finding:
 
 
 def _bf16() -> Finding:
-    from training.loop import has_bf16
+    from training.world import has_bf16
 
     return "ok", "computed by the processor" if has_bf16() else "not in the processor; precision auto means fp32"
 
@@ -67,19 +66,13 @@ def _ray() -> Finding:
 
 
 def _wandb() -> Finding:
+    from training.wandb_log import api_key_known
+
     if os.environ.get("WANDB_MODE"):
         return "ok", f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if os.environ.get("WANDB_API_KEY") or _netrc_has_key():
+    if api_key_known():
         return "ok", "an API key is known; runs go online"
     return "ok", "no API key: runs are kept offline; `wandb login` changes that"
-
-
-def _netrc_has_key() -> bool:
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        return path.is_file() and any("wandb" in host for host in netrc.netrc(path).hosts)
-    except (netrc.NetrcParseError, OSError):
-        return False
 
 
 def _npm() -> Finding:

@@ -13,7 +13,7 @@ from cluster.progress import progress
 from cluster.recipe import Recipe
 from cluster.run import set_path
 from data_shards.errors import UserError
-from training.checkpoint import write_json
+from data_shards.files import write_json
 from training.trial import rescore
 
 

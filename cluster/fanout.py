@@ -19,8 +19,8 @@ from typing import Any
 from cluster.progress import Show, progress
 from cluster.recipe import Recipe
 from data_shards.errors import UserError
-from training.checkpoint import write_json
-from training.events import append_event
+from data_shards.files import write_json
+from training.events import append_event, read_events
 from training.trial import Trial, empty_row, read_row, run_trial, trial_folder
 from tune_spaces.plan import Job, Named, Race, chosen, count_jobs, final_trials, ready_jobs, search_reports
 
@@ -35,12 +35,30 @@ class Board:
         for race in races:
             self._read(race.search)
             self._read(final_trials(race, self.rows))  # which these are is known once the search is read
+        self._catch_up()
 
     def _read(self, trials: Iterable[Named]) -> None:
         for trial, identity in trials:
             row = read_row(trial_folder(self.run, trial, identity))
             if row:
                 self.rows[identity] = row
+
+    def _catch_up(self) -> None:
+        """Record what trials had written, and decisions that were due, when the driver was killed before it could."""
+        events = [event for event in read_events(self.run / "events.jsonl") if event["stage"] == "fanout"]
+        recorded = {(event["trial"], event["images"]) for event in events}
+        decided = {(event["metrics"]["domain"], event["metrics"]["method"]) for event in events if not event["trial"]}
+        for race in self.races:
+            for trial, identity in (*race.search, *final_trials(race, self.rows)):
+                row = self.rows.get(identity)
+                if row and (identity, row["images_seen"]) not in recorded:
+                    rung = race.budgets.index(row["images_seen"]) if row["images_seen"] in race.budgets else -1
+                    self._record(race, identity, rung if trial.phase == "search" else -1)
+            if (race.domain, race.method) not in decided:
+                self._decide(race)
+            elif any(row and row["status"] != "failed" and row["checkpoint"]
+                     for row in (self.rows.get(identity) for _, identity in race.search)):
+                self._close(race)
 
     def next_job(self) -> Job | None:
         for race in self.races:
@@ -70,17 +88,26 @@ class Board:
         """Take a job's row in; when that closes a search, write the decision down and stop the losers."""
         race = next(race for race in self.races if (race.domain, race.method) == (job.trial.domain, job.trial.method))
         self.rows[job.identity] = row
-        append_event(self.run / "events.jsonl", stage="fanout", trial=job.identity, images=row["images_seen"], metrics={
-            "domain": race.domain, "method": race.method, "rung": job.rung, "selection_kid": row["selection_kid"],
+        self._record(race, job.identity, job.rung)
+        if job.rung >= 0:
+            self._decide(race)
+
+    def _record(self, race: Race, identity: str, rung: int) -> None:
+        row = self.rows[identity]
+        append_event(self.run / "events.jsonl", stage="fanout", trial=identity, images=row["images_seen"], metrics={
+            "domain": race.domain, "method": race.method, "rung": rung, "selection_kid": row["selection_kid"],
             "kid": row["kid"], "status": row["status"]})
+
+    def _decide(self, race: Race) -> None:
         best = chosen(race, self.rows)
-        if job.rung >= 0 and best is not None:
-            append_event(self.run / "events.jsonl", stage="fanout", images=race.budgets[-1], metrics={
-                "decision": "winner", "domain": race.domain, "method": race.method,
-                "hyperparameters": dict(race.search[best].trial.hyperparameters),
-                "scores": {f"candidate {c}, rung {r}": score if math.isfinite(score) else "failed"
-                           for (c, r), score in search_reports(race, self.rows).items()}})
-            self._close(race)
+        if best is None:
+            return
+        append_event(self.run / "events.jsonl", stage="fanout", images=race.budgets[-1], metrics={
+            "decision": "winner", "domain": race.domain, "method": race.method,
+            "hyperparameters": dict(race.search[best].trial.hyperparameters),
+            "scores": {f"candidate {c}, rung {r}": score if math.isfinite(score) else "failed"
+                       for (c, r), score in search_reports(race, self.rows).items()}})
+        self._close(race)
 
     def _close(self, race: Race) -> None:
         """The search is over: only the finals' weights will be kept."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.recipe import Recipe
 from data_shards.errors import UserError
-from training.checkpoint import write_json
+from data_shards.files import write_json
 from training.events import read_events
 from training.methods import METHODS
 from training.metrics.score import same_contract

@@ -22,7 +22,6 @@ from data_shards import DATASETS, ShardSet, fetch, load_images, open_set
 from data_shards.errors import UserError
 from training.checkpoint import checkpoint_hash, latest_valid
 from training.events import append_event, read_events
-from training.loop import has_bf16
 from training.meta.reptile import meta_id
 from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
@@ -30,7 +29,7 @@ from training.pictures import save_grid
 from training.pretrain import finished_pretraining
 from training.recipe import per_worker_batch
 from training.target import load_target
-from training.world import device
+from training.world import device, has_bf16
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_shards.errors import UserError
+from data_shards.files import hash_file, sync
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -43,16 +43,16 @@ def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any]) ->
         path = partial / f"{stem}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, path)
         path.chmod(0o644)  # safetensors writes 0600, which no colleague could read
-        _sync(path)
-        files[path.name] = file_sha256(path)
+        sync(path)
+        files[path.name] = hash_file(path)
     text = json.dumps({"format_version": FORMAT_VERSION, **state, "versions": versions(), "files": files}, indent=1)
     (partial / STATE_FILE).write_text(text)
-    _sync(partial / STATE_FILE)
-    _sync(partial)
+    sync(partial / STATE_FILE)
+    sync(partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     return checkpoint_hash(folder)
 
 
@@ -83,7 +83,7 @@ def checkpoint_problem(folder: Path) -> str | None:
         if state["format_version"] > FORMAT_VERSION:
             return f"format {state['format_version']} is newer than this graft reads ({FORMAT_VERSION}); upgrade graft"
         for name, expected in state["files"].items():
-            if file_sha256(folder / name) != expected:
+            if hash_file(folder / name) != expected:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -120,11 +120,6 @@ def checkpoint_hash(folder: Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, graft and the libraries that decide a result."""
     found = {"python": platform.python_version()}
@@ -134,20 +129,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace ``path`` atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    _sync(partial)
-    partial.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

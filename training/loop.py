@@ -16,7 +16,7 @@ from training.ema import update_average
 from training.engines import Engine
 from training.families import Batch, Phase
 from training.schedule import Schedule, value_at
-from training.world import World, device, mean_over_ranks
+from training.world import World, device, has_bf16, mean_over_ranks
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,6 @@ def autocast(precision: str) -> AbstractContextManager[object]:
     if precision == "fp32" or (precision == "auto" and not has_bf16()):
         return nullcontext()
     return torch.autocast(device().type, dtype=torch.bfloat16)
-
-
-def has_bf16() -> bool:
-    """Whether bf16 is native here; emulated it is slower than fp32."""
-    if device().type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import yaml
 from torch import Tensor
 
 from data_shards import batches
-from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint, write_json
+from data_shards.files import write_json
+from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint
 from training.config import apply_overrides, content_id, result_fields
 from training.draws import latents
 from training.ema import make_average

@@ -50,3 +50,10 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def has_bf16(place: torch.device | None = None) -> bool:
+    """Whether bf16 is native on ``place`` (default: this process's device); emulated it is slower than fp32."""
+    if (place or device()).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -13,7 +13,8 @@ from data_shards.datasets import cifar10, kanjivg, mnist, quickdraw
 from data_shards.datasets.download import Archive, get_archive
 from data_shards.datasets.plan import SetPlan
 from data_shards.errors import UserError
-from data_shards.manifest import ShardSet, open_set, verify, write_json
+from data_shards.files import write_json
+from data_shards.manifest import ShardSet, open_set, verify
 from data_shards.pack import pack_images
 from data_shards.tarfiles import local_path
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError
-from data_shards.manifest import hash_file
+from data_shards.files import hash_file
 from data_shards.tarfiles import local_path
 
 TIMEOUT_S = 900

@@ -12,8 +12,8 @@ from cluster.fanout import Board
 from cluster.leaderboard import build_leaderboard, contract_of
 from cluster.recipe import Recipe
 from data_shards import UserError
+from data_shards.files import write_json
 from tests.toy import toy_set, toy_tree
-from training.checkpoint import write_json
 from training.events import read_events
 from training.trial import empty_row, trial_folder
 from tune_spaces.plan import Job, Start, races
@@ -50,6 +50,28 @@ def play(board: Board, limit: int = 999) -> list[Job]:
         board.report(job, played(board, job, score))
         done.append(job)
     return done
+
+
+def without_time(board: Board) -> list[dict[str, Any]]:
+    return [{k: v for k, v in event.items() if k != "time"} for event in read_events(board.run / "events.jsonl")]
+
+
+def test_a_driver_killed_before_it_took_a_row_in_ends_the_same(board: Board, tmp_path: Path) -> None:
+    """Each time, the driver dies between a trial's writing of its row and its own record of it."""
+    whole = Board(board.recipe, tmp_path / "whole", board.races)
+    play(whole)
+    jobs = 0
+    while (job := board.next_job()) is not None:
+        score = (5.0 if job.trial.method == "scratch" else 1.0) + 1e-4 / job.trial.hyperparameters["adaptation.lr"]
+        played(board, job, score + 0.1 * job.trial.seed**2)
+        board = Board(board.recipe, board.run, board.races)
+        jobs += 1
+    assert jobs == whole.total()
+    assert board.plan_rows() == whole.plan_rows()
+    assert {row["status"] for row in board.plan_rows() if row["phase"] == "search"} == {"finished", "stopped"}
+    assert without_time(board) == without_time(whole)
+    again = Board(board.recipe, board.run, board.races)
+    assert without_time(again) == without_time(whole), "nothing is recorded twice"
 
 
 def test_a_plan_played_to_its_end(board: Board) -> None:

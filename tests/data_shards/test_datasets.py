@@ -19,7 +19,7 @@ from PIL import Image
 from data_shards import DATASETS, UserError, fetch, load_images, open_set, verify
 from data_shards.datasets import cifar10, download, kanjivg, mnist, quickdraw
 from data_shards.datasets.download import Archive, get_archive
-from data_shards.manifest import hash_file
+from data_shards.files import hash_file
 
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" width="109" height="109" viewBox="0 0 109 109">
 <g id="kvg:StrokePaths_1" style="fill:none;stroke:#000000;stroke-width:3;"><path d="M{0},10 L{0},99"/></g>

@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from data_shards import BadImage, DamagedShard, UserError, index_tars, load_images, open_set, pack_folder, verify
+from data_shards.files import hash_file
 from data_shards.images import decode_image, encode_png
-from data_shards.manifest import Manifest, hash_file
+from data_shards.manifest import Manifest
 from tests.data_shards.conftest import MakeSet, picture
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_shards.errors import UserError
+from training.world import has_bf16
 
 FORMAT = "graft-encoder"
 SCHEMA_VERSION = 1
@@ -280,13 +281,7 @@ def _in_layout(encoder: Encoder, layout: torch.memory_format) -> Encoder:
 
 def _autocast(device: torch.device) -> torch.autocast:
     """bf16 where the processor computes it natively; elsewhere it would be emulated, and slower than float32."""
-    native = device.type != "cpu" or _cpu_has_bf16()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=native)
-
-
-def _cpu_has_bf16() -> bool:
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: absent in some releases
-    return bool(probe and probe())
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bf16(device))
 
 
 @contextmanager

@@ -163,11 +163,6 @@ def judge(gains: Mapping[Key, Gain], alpha: float = 0.05) -> dict[Key, Verdict]:
     return {key: out[key] for key in keys}
 
 
-def verdicts(gains: Mapping[Key, Gain], alpha: float = 0.05) -> dict[Key, Sign]:
-    """The verdict of each gain, Holm-corrected over all of them; `judge` gives the intervals too."""
-    return {key: verdict.verdict for key, verdict in judge(gains, alpha).items()}
-
-
 def _ascending(p_values: Sequence[float]) -> list[int]:
     return sorted(range(len(p_values)), key=lambda i: p_values[i])
 

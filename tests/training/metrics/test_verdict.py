@@ -5,7 +5,11 @@ import pytest
 from scipy import stats
 
 from data_shards.errors import UserError
-from training.metrics.verdict import Gain, holm, holm_adjusted, judge, paired_gain, verdicts
+from training.metrics.verdict import Gain, holm, holm_adjusted, judge, paired_gain
+
+
+def verdicts(gains: dict[str, Gain]) -> dict[str, str]:
+    return {key: judged.verdict for key, judged in judge(gains).items()}
 
 
 def test_against_scipy() -> None:
