@@ -1,14 +1,16 @@
 """Verdicts: the paired t, Holm's correction, and how often a true null is called a gain."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from data_shards.errors import UserError
-from training.metrics.verdict import Gain, holm, holm_adjusted, judge, paired_gain
+from training.metrics.verdict import Gain, Key, Sign, holm, holm_adjusted, judge, paired_gain
 
 
-def verdicts(gains: dict[str, Gain]) -> dict[str, str]:
+def verdicts(gains: Mapping[Key, Gain]) -> dict[Key, Sign]:
     return {key: judged.verdict for key, judged in judge(gains).items()}
 
 
