@@ -11,9 +11,9 @@ import yaml
 from cluster.leaderboard import SCHEMA_VERSION, contract_of, read_leaderboard, verdicts_over
 from cluster.progress import progress
 from cluster.recipe import Recipe
-from cluster.run import set_path
 from data_shards.errors import UserError
 from data_shards.files import write_json
+from training.source import set_place
 from training.trial import rescore
 
 
@@ -48,7 +48,7 @@ def evaluate(run: Path, *, net: str, samples: int | None = None, seeds: int | No
     rows = [row for row in rows if row["seed"] in chosen and (not domains or row["domain"] in domains)]
     if not rows:
         raise UserError(f"{run} has no finished final trial to score; finish it with `graft run`.")
-    sets = {target.domain: str(set_path(recipe, target.set)) for target in recipe.fanout.targets}
+    sets = {target.domain: set_place(recipe.data, target.set) for target in recipe.fanout.targets}
     scored: list[dict[str, Any]] = []
     with progress(f"evaluate ({net})", len(rows), "trials") as show:
         for row in rows:

@@ -16,6 +16,7 @@ from cluster.recipe import Recipe
 from data_shards import ShardSet
 from training.events import read_events
 from training.pretrain import finished_pretraining
+from training.source import set_place
 
 POLL_S = 1.0
 
@@ -42,7 +43,10 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     from ray.train.v2.api.config import FailureConfig  # what ray.train gives at run time; its stubs name the old one
 
     storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
-    config = {"recipe": recipe.model_dump(mode="json"), "source": str(source.path.resolve()), "run": str(run)}
+    # A worker has another working directory.
+    root = recipe.data.root if "://" in recipe.data.root else str(Path(recipe.data.root).resolve())
+    sent = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
+    config = {"recipe": sent.model_dump(mode="json"), "source": set_place(sent.data, sent.data.source), "run": str(run)}
     trainer = TorchTrainer(
         worker, train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=recipe.cluster.workers, use_gpu=recipe.cluster.gpus_per_worker > 0,

@@ -28,6 +28,7 @@ from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
 from training.recipe import per_worker_batch
+from training.source import set_place, source_parts, source_sets
 from training.target import load_target
 from training.world import device, has_bf16
 from tune_spaces.plan import Race, Start, count_jobs, races
@@ -50,11 +51,12 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
     console.print("\n".join(derived(recipe, out)), markup=False)
     if dry_run:
         return
-    source = ready_sets(recipe) if "shards" in chosen else open_set(set_path(recipe, recipe.data.source))
+    source = ready_sets(recipe) if "shards" in chosen else open_set(set_place(recipe.data, recipe.data.source))
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as stack:
-        folders = [source.path, *(set_path(recipe, target.set) for target in recipe.fanout.targets)]
+        named = [*source_sets(recipe.data), *(target.set for target in recipe.fanout.targets)]
+        folders = [set_place(recipe.data, name) for name in named]
         start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))
         board = None
         if "pretrain" in chosen:
@@ -90,34 +92,31 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
 
 
-def set_path(recipe: Recipe, name: str) -> Path:
-    """Where a set of the recipe lies."""
-    return (Path(recipe.data.root) / name).resolve()
-
-
 def ready_sets(recipe: Recipe) -> ShardSet:
     """Fetch the known datasets that are not there yet and open every set that the recipe names; returns the source.
 
     Raises:
         UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
     """
-    names = [recipe.data.source, *(target.set for target in recipe.fanout.targets)]
+    names = [*source_sets(recipe.data), *(target.set for target in recipe.fanout.targets)]
     missing: dict[str, set[str]] = {}
     for name in names:
-        if not (set_path(recipe, name) / "manifest.json").exists():
+        place = set_place(recipe.data, name)
+        if "://" not in place and not (Path(place) / "manifest.json").exists():
             dataset = name.partition("/")[0]
             if dataset not in DATASETS:
-                raise UserError(f"there is no set at {set_path(recipe, name)}: pack one with `graft shards pack FOLDER --out "
+                raise UserError(f"there is no set at {place}: pack one with `graft shards pack FOLDER --out "
                                 f"{Path(recipe.data.root) / name}`, or name one of the datasets {', '.join(DATASETS)}.")
             missing.setdefault(dataset, set()).add(name)
     for dataset, wanted in missing.items():
         console.print(f"shards    fetching {', '.join(sorted(wanted))}")
         with _timed(None, "shards"):
             fetch(dataset, recipe.data.root, only=wanted)
-    source = open_set(set_path(recipe, recipe.data.source))
+    source = open_set(set_place(recipe.data, recipe.data.source))
+    source_parts(recipe.data, source)
     for target in recipe.fanout.targets:
-        load_target(str(set_path(recipe, target.set)), recipe.adaptation.shots, recipe.seed)
-        shape = open_set(set_path(recipe, target.set)).manifest.image_shape
+        load_target(set_place(recipe.data, target.set), recipe.adaptation.shots, recipe.seed)
+        shape = open_set(set_place(recipe.data, target.set)).manifest.image_shape
         if shape != source.manifest.image_shape:
             raise UserError(f"the target set {target.set} has images of shape {shape} and the source "
                             f"{source.manifest.image_shape}; pack it with the source's --size and --channels.")
@@ -172,7 +171,7 @@ def _metatrain(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[
 def _fanout(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> Board:
     plan = plan_races(recipe, source, out)
     for target in recipe.fanout.targets:
-        folder, path = out / "domains" / target.domain, str(set_path(recipe, target.set))
+        folder, path = out / "domains" / target.domain, set_place(recipe.data, target.set)
         images = load_target(path, recipe.adaptation.shots, recipe.seed + 1)  # the first final seed's, whose samples are shown
         save_grid(images.support, folder / "support.png")
         save_grid(images.reference[:32], folder / "reference.png")

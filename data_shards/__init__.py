@@ -1,25 +1,46 @@
 """Images to shards, shards to batches: exact, elastic, resumable order on plain WebDataset tars.
 
-Knows nothing of training or of clusters; the only place for webdataset.
+Knows nothing of training or of clusters; the only place for webdataset. What is named here is imported when it is first
+used: listing a set needs neither torch nor webdataset.
 """
 
-from data_shards.datasets import DATASETS, fetch
-from data_shards.errors import BadImage, DamagedShard, UserError
-from data_shards.folder import pack_folder
-from data_shards.index import index_tars
-from data_shards.manifest import ShardSet, info, open_set, verify
-from data_shards.pack import Sample, pack_images
-from data_shards.reader import Batch, batches, episode, load_images
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_shards.datasets import DATASETS, fetch
+    from data_shards.errors import BadImage, DamagedShard, UserError
+    from data_shards.folder import pack_folder
+    from data_shards.index import index_tars
+    from data_shards.manifest import ShardSet, info, open_set, verify
+    from data_shards.pack import Sample, pack_images
+    from data_shards.reader import Batch, Part, batches, class_names, class_parts, episode, load_images
+
+_HOMES = {
+    "datasets": ("DATASETS", "fetch"),
+    "errors": ("BadImage", "DamagedShard", "UserError"),
+    "folder": ("pack_folder",),
+    "index": ("index_tars",),
+    "manifest": ("ShardSet", "info", "open_set", "verify"),
+    "pack": ("Sample", "pack_images"),
+    "reader": ("Batch", "Part", "batches", "class_names", "class_parts", "episode", "load_images"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DATASETS",
     "BadImage",
     "Batch",
     "DamagedShard",
+    "Part",
     "Sample",
     "ShardSet",
     "UserError",
     "batches",
+    "class_names",
+    "class_parts",
     "episode",
     "fetch",
     "index_tars",
@@ -30,3 +51,9 @@ __all__ = [
     "pack_images",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -60,6 +60,29 @@ def decode_image(
     return _to_array(_to_channels(image, channels, background))
 
 
+def decode_into(out_CHW: np.ndarray, data: bytes) -> None:
+    """Decodes PNG, JPEG or WebP bytes whose image has exactly the shape of `out_CHW`, uint8 (C, H, W), into it.
+
+    As `decode_image`, in half the time for the common case. Raises `BadImage`, also for another shape.
+    """
+    channels, height, width = out_CHW.shape
+    image = None
+    if data[:4] != b"RIFF":  # a WebP's canvas is allocated on opening: it takes the careful way
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            plain = "transparency" not in image.info and not getattr(image, "is_animated", False)
+            if plain and image.mode == ("L" if channels == 1 else "RGB") and image.size == (width, height):
+                pixels = np.asarray(image)
+                out_CHW[...] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
+                return
+        except _DECODE_ERRORS as error:
+            raise BadImage(f"not a readable {', '.join(FORMATS)} image ({_one_line(error)})") from error
+    found = decode_image(data, channels, max_pixels=height * width)
+    if found.shape != out_CHW.shape:
+        raise BadImage(f"its shape is {found.shape}, not {out_CHW.shape}")
+    out_CHW[...] = found
+
+
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int, *, background: int = BACKGROUND) -> np.ndarray:
     """Fits an image to `size` = (H, W) by the policy in this module's docstring; returns uint8 (C, H, W)."""
     image = _to_channels(ImageOps.exif_transpose(image), channels, background)

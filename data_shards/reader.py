@@ -1,19 +1,19 @@
 """Shards to batches, through webdataset, in the order that `order.py` defines.
 
-webdataset gets a source of raw samples and explicit stages; its URL opener, its splitters and its default decoder are
+webdataset gets a source of raw batches and explicit stages; its URL opener, its splitters and its default decoder are
 not used, because they run commands and pickles out of shards and drop samples without a word.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ import webdataset as wds
 from torch.utils.data import get_worker_info
 
 from data_shards.errors import BadImage, UserError
-from data_shards.images import decode_image
+from data_shards.images import decode_into
 from data_shards.manifest import ShardSet
-from data_shards.order import STREAMS, WINDOW, Order, check_world, make_order, sample_indices
+from data_shards.order import STREAMS, WINDOW, Mixture, check_world, locate, make_order, mix, positions
 from data_shards.tarfiles import BLOCK, damaged, parse_header
 
 MAX_OPEN_FILES = 128
 CACHE_BYTES = 256 * 1024 * 1024
+GROUP = 1024  # samples whose places are looked up at once
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,28 @@ class Batch:
     """One rank's part of a global batch; `images_seen` is the global clock after the whole batch."""
 
     images: torch.Tensor  # uint8 (b, C, H, W), 0..255
-    labels: torch.Tensor  # int64 (b,), -1 where there is none
-    keys: list[str]
+    labels: torch.Tensor  # int64 (b,), -1 where there is none; index into `class_names`
+    parts: torch.Tensor  # int64 (b,), which of the mixed parts each image is from
+    names: np.ndarray  # bytes (b,), the keys
     images_seen: int
+
+    @property
+    def keys(self) -> list[str]:
+        return [name.decode() for name in self.names.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one source gives to a mixture: a set's split, or those samples of it, and its share relative to the others."""
+
+    shard_set: ShardSet
+    weight: float = 1.0
+    split: str = "train"
+    subset: np.ndarray | None = None  # sample ids
 
 
 def batches(
-    shard_set: ShardSet,
+    source: ShardSet | Sequence[Part],
     *,
     batch: int,
     seed: int,
@@ -54,28 +70,34 @@ def batches(
     split: str = "train",
     subset: np.ndarray | None = None,
     cache_bytes: int = CACHE_BYTES,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Yields this rank's batches without end, beginning after `images_seen` images.
 
     `batch` is the global batch in images; each Batch holds batch / world of them. The global sequence depends on
-    (seed, streams, window, split, subset) and on nothing else: not on `world`, not on `workers` (loader processes;
-    0 reads in this one). `subset` keeps only those sample ids, such as a support set. Images decoded once are kept in
-    memory if all of them fit in `cache_bytes` (per rank, over its workers together).
+    (seed, streams, window, and each part's set, split, subset and weight) and on nothing else: not on `world`, not on
+    `workers` (loader processes; 0 reads in this one). `source` is a set, of which `subset` keeps only those sample ids,
+    or parts that are mixed by weight. Images decoded once are kept in memory if all of them fit in `cache_bytes` (per
+    rank, shared by its workers). `pin_memory` readies batches for a GPU.
 
-    Raises `UserError` at once if world does not divide batch and streams or the split is empty, and `DamagedShard`
-    naming shard and byte when bytes read are not those of the manifest.
+    Raises `UserError` at once if world does not divide batch and streams, a split is empty or parts differ in shape, and
+    `DamagedShard` naming shard and byte when bytes read are not those of the manifest.
     """
     check_world(batch, world, streams, rank)
     if workers < 0 or images_seen < 0:
         raise UserError(f"workers {workers} and images_seen {images_seen} must be >= 0")
-    ids = _chosen(shard_set, split, subset)
-    order = make_order(ids, shard_set.samples["shard"][ids], seed, streams=streams, window=window)
-    per_process = cache_bytes // max(1, workers)
-    fits = len(ids) * int(np.prod(shard_set.manifest.image_shape)) <= per_process
+    parts = [Part(source, split=split, subset=subset)] if isinstance(source, ShardSet) else list(source)
+    _check_shapes(parts)
+    orders = [
+        make_order(_chosen(part), part.shard_set.bounds, seed, streams=streams, window=window) for part in parts
+    ]
+    shape = parts[0].shard_set.manifest.image_shape
+    total = sum(len(order.ids) for order in orders)
+    cache = _Cache(total, shape) if total * int(np.prod(shape)) <= cache_bytes else None
+    feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_raw_samples, shard_set, order, images_seen, batch, rank, world, {} if fits else None),
-        wds.map(partial(_decode, shard_set)),
-        partial(_collate, images_seen, batch, world),
+        partial(_raw_batches, feed, cache),
+        wds.map(partial(_decoded, feed, cache)),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -83,10 +105,37 @@ def batches(
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        # The cache is memory that a fork shares.
+        multiprocessing_context="fork" if workers else None,
         # Its own generator: the default draws from torch's global one and so would change the training's noise.
         generator=torch.Generator().manual_seed(0),
     )
     return _raised(iter(loader))
+
+
+def class_parts(
+    shard_set: ShardSet, weights: Mapping[str, float] | None = None, *, split: str = "train"
+) -> list[Part]:
+    """One part per class: with the weight that `weights` gives its name (others are left out), or all alike (None), so
+    that every class is seen equally often however many images it has.
+
+    Raises `UserError` for an unknown class, or a set without classes.
+    """
+    classes = shard_set.manifest.classes
+    if not classes:
+        raise UserError(f"set {shard_set.manifest.name} has no classes to weigh; pack it with labels")
+    chosen = dict.fromkeys(classes, 1.0) if weights is None else dict(weights)
+    found = [(weight, shard_set.indices(split, name)) for name, weight in chosen.items()]
+    return [Part(shard_set, weight, split, ids) for weight, ids in found if len(ids) or weights is not None]
+
+
+def class_names(parts: Sequence[Part]) -> tuple[str, ...]:
+    """What the labels of a mixture's batches count: the classes of its sets, under their set's name where sets differ."""
+    sets = _distinct(parts)
+    if len({one.manifest.classes for one in sets}) == 1:
+        return sets[0].manifest.classes
+    return tuple(f"{one.manifest.name}/{name}" for one in sets for name in one.manifest.classes)
 
 
 def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,8 +149,11 @@ def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tup
     images = np.empty((len(ids), *shard_set.manifest.image_shape), np.uint8)
     # In the order of the files, not of the caller: a set of any size is then read in one sweep.
     places = np.argsort(ids, kind="stable")
-    for place, sample in zip(places, read_samples(shard_set, ids[places]), strict=True):
-        images[place] = _decode(shard_set, sample)["image"]
+    with _OpenFiles(shard_set) as files:
+        for begin in range(0, len(ids), GROUP):
+            group = places[begin : begin + GROUP]
+            for place, index, data in zip(group, ids[group].tolist(), files.read(ids[group]), strict=True):
+                _decode(shard_set, index, data, images[place])
     return torch.from_numpy(images), torch.from_numpy(shard_set.samples["label"][ids].astype(np.int64))
 
 
@@ -125,17 +177,8 @@ def episode(
     return shuffled[:shots], shuffled[shots : shots + queries]
 
 
-def read_samples(shard_set: ShardSet, ids: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yields one raw sample per id, in that order: {"__key__", "index", "label", "where", "bytes"}.
-
-    Every range is checked: the tar header before it names this key and size, and the bytes have their CRC.
-    """
-    with _OpenFiles(shard_set) as files:
-        yield from files.samples(ids)
-
-
 class _OpenFiles:
-    """At most `MAX_OPEN_FILES` shard files, opened when first read."""
+    """At most `MAX_OPEN_FILES` shard files of a set, opened when first read."""
 
     def __init__(self, shard_set: ShardSet) -> None:
         self.shard_set = shard_set
@@ -148,105 +191,203 @@ class _OpenFiles:
         while self.descriptors:
             os.close(self.descriptors.popitem()[1])
 
-    def samples(self, ids: np.ndarray) -> Iterator[dict[str, Any]]:
-        rows = self.shard_set.samples[ids]
-        columns = [rows[name].tolist() for name in ("shard", "offset", "size", "crc32", "label", "ext", "key")]
-        for index, shard, offset, size, crc32, label, ext, key in zip(ids.tolist(), *columns, strict=True):
-            data = self._read(shard, offset, size, crc32, f"{key.decode()}.{ext.decode()}")
-            yield {"__key__": key.decode(), "index": index, "label": label, "where": (shard, offset), "bytes": data}
+    def read(self, ids: np.ndarray) -> list[bytes]:
+        """The encoded bytes of those samples, whose CRC is checked."""
+        samples = self.shard_set.samples
+        columns = [samples[name][ids].tolist() for name in ("offset", "size", "crc32")]
+        shards = self.shard_set.shards_of(ids).tolist()
+        return [self._read(*row) for row in zip(ids.tolist(), shards, *columns, strict=True)]
 
-    def _read(self, shard: int, offset: int, size: int, crc32: int, name: str) -> bytes:
-        path = self.shard_set.shard_path(shard)
+    def _read(self, index: int, shard: int, offset: int, size: int, crc32: int) -> bytes:
+        descriptor = self.descriptors.get(shard)
         try:
-            block = os.pread(self._descriptor(shard), BLOCK + size, offset - BLOCK)
-        except OSError as error:
-            raise damaged(path, offset, f"it cannot be read ({error.strerror})") from None
-        try:
-            found = parse_header(block[:BLOCK])
-        except ValueError as error:
-            raise damaged(path, offset - BLOCK, str(error)) from None
-        if found != (name, size, "0"):
-            reason = f"it holds {found[0][:80]!r} of {found[1]} bytes, not {name!r} of {size}"
-            raise damaged(path, offset - BLOCK, reason)
-        data = block[BLOCK:]
+            data = os.pread(descriptor if descriptor is not None else self._open(shard), size, offset)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or "no such place"
+            raise damaged(self.shard_set.shard_path(shard), offset, f"it cannot be read ({reason})") from None
         if len(data) != size or zlib.crc32(data) != crc32:
-            raise damaged(path, offset, f"the bytes of {name!r} do not have the checksum of the manifest")
+            raise damaged(self.shard_set.shard_path(shard), offset, self._difference(index, shard, offset, size))
         return data
 
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self.descriptors:
-            if len(self.descriptors) >= MAX_OPEN_FILES:
-                os.close(self.descriptors.popitem(last=False)[1])
-            self.descriptors[shard] = os.open(self.shard_set.shard_path(shard), os.O_RDONLY | os.O_NONBLOCK)
-        self.descriptors.move_to_end(shard)
+    def _open(self, shard: int) -> int:
+        if len(self.descriptors) >= MAX_OPEN_FILES:
+            os.close(self.descriptors.popitem(last=False)[1])
+        self.descriptors[shard] = os.open(self.shard_set.shard_path(shard), os.O_RDONLY | os.O_NONBLOCK)
         return self.descriptors[shard]
 
+    def _difference(self, index: int, shard: int, offset: int, size: int) -> str:
+        """Why bytes are not the manifest's: another member, or the right one with other bytes."""
+        suffix = self.shard_set.manifest.suffixes[self.shard_set.samples["suffix"][index]]
+        name = f"{self.shard_set.samples['key'][index].decode()}.{suffix}"
+        try:
+            found, length, _ = parse_header(os.pread(self.descriptors[shard], BLOCK, max(0, offset - BLOCK)))
+        except (OSError, ValueError):
+            found, length = name, size
+        if (found, length) != (name, size):
+            return f"it holds {found[:80]!r} of {length} bytes, not {name!r} of {size}"
+        return f"the bytes of {name!r} do not have the checksum of the manifest"
 
-def _chosen(shard_set: ShardSet, split: str, subset: np.ndarray | None) -> np.ndarray:
-    ids = shard_set.indices(split)
-    if subset is not None:
-        subset = np.asarray(subset, np.int64)
-        if not np.isin(subset, ids).all():
-            raise UserError(f"the subset holds sample ids that are not in split {split!r} of {shard_set.manifest.name}")
-        ids = np.unique(subset)
-    if len(ids) == 0:
-        raise UserError(f"split {split!r} of {shard_set.manifest.name} holds no image; choose another or pack it again")
-    return ids
+
+@dataclass(frozen=True, eq=False)
+class _Feed:
+    """All that decides which images a rank's batches hold."""
+
+    parts: list[Part]
+    mixture: Mixture
+    images_seen: int
+    batch: int
+    rank: int
+    world: int
 
 
-def _raw_samples(
-    shard_set: ShardSet,
-    order: Order,
-    images_seen: int,
-    batch: int,
-    rank: int,
-    world: int,
-    cache: dict[int, dict[str, Any]] | None,
-) -> Iterator[dict[str, Any]]:
+class _Cache:
+    """Decoded images of all that a feed may read, in memory that forked workers share, so that each is decoded once."""
+
+    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
+        size = int(np.prod(shape))
+        self.images = np.frombuffer(mmap.mmap(-1, count * size), np.uint8).reshape(count, *shape)
+        # Set after the image is whole. Two workers may decode the same one; both write the same bytes.
+        self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8)
+
+
+@dataclass
+class _Raw:
+    """A batch before decoding: where each image belongs in the cache, and the bytes of those not there yet."""
+
+    number: int
+    parts: np.ndarray
+    ids: np.ndarray
+    slots: np.ndarray | None
+    wanted: np.ndarray  # entries of the batch whose bytes follow
+    data: list[bytes]
+
+
+def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
     """The source: worker w of n makes the whole batches w, w + n, ..., which the loader takes in turn."""
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-    with _OpenFiles(shard_set) as files:
-        for number in count(first, step):
-            ids = sample_indices(order, images_seen + number * batch, batch, rank, world)
-            if cache is None:
-                yield from files.samples(ids)
-                continue
-            missing = np.unique([index for index in ids.tolist() if index not in cache])
-            cache.update((sample["index"], sample) for sample in files.samples(missing.astype(np.int64)))
-            for index in ids.tolist():
-                yield cache[index]
+    local = feed.batch // feed.world
+    at_once = max(1, GROUP // local)
+    sets = _distinct(feed.parts)
+    files, of_set = [_OpenFiles(one) for one in sets], _set_numbers(feed.parts)
+    bases = np.cumsum([0, *(len(order.ids) for order in feed.mixture.orders)])
+    try:
+        for begin in count(first, step * at_once):
+            numbers = range(begin, begin + step * at_once, step)
+            where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
+            parts, ids = locate(feed.mixture, np.concatenate(where))
+            slots = None
+            if cache is not None:
+                slots = np.empty(len(ids), np.int64)
+                for part in np.unique(parts):
+                    mask = parts == part
+                    slots[mask] = bases[part] + np.searchsorted(feed.mixture.orders[part].ids, ids[mask])
+            for place, number in enumerate(numbers):
+                span = slice(place * local, (place + 1) * local)
+                inner = slots[span] if slots is not None else None
+                wanted = np.arange(local)
+                if cache is not None and inner is not None:
+                    fresh, entries = np.unique(inner, return_index=True)
+                    wanted = entries[cache.filled[fresh] == 0]
+                data: list[bytes] = [b""] * len(wanted)
+                from_set, from_id = of_set[parts[span][wanted]], ids[span][wanted]
+                for number_of_set in np.unique(from_set).tolist():
+                    entries = np.flatnonzero(from_set == number_of_set)
+                    for entry, found in zip(entries.tolist(), files[number_of_set].read(from_id[entries]), strict=True):
+                        data[entry] = found
+                yield _Raw(number, parts[span], ids[span], inner, wanted, data)
+    finally:
+        for one in files:
+            one.__exit__()
 
 
-def _decode(shard_set: ShardSet, sample: dict[str, Any]) -> dict[str, Any]:
-    """Replaces a raw sample's bytes by "image", uint8 (C, H, W), in place, so that a cached sample is decoded once."""
-    if "image" not in sample:
-        shape = shard_set.manifest.image_shape
-        shard, offset = sample["where"]
-        try:
-            image = decode_image(sample["bytes"], shape[0])
-        except BadImage as error:
-            raise damaged(shard_set.shard_path(shard), offset, f"{sample['__key__']!r}: {error}") from None
-        if image.shape != shape:
-            reason = f"{sample['__key__']!r} has the shape {image.shape}, not {shape}"
-            raise damaged(shard_set.shard_path(shard), offset, reason)
-        sample["image"] = image
-        del sample["bytes"]
-    return sample
+def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> Batch:
+    shape = feed.parts[0].shard_set.manifest.image_shape
+    if cache is None or raw.slots is None:
+        images = np.empty((len(raw.ids), *shape), np.uint8)
+        for entry, data in zip(raw.wanted.tolist(), raw.data, strict=True):
+            _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, images[entry])
+    else:
+        for entry, data in zip(raw.wanted.tolist(), raw.data, strict=True):
+            slot = raw.slots[entry]
+            _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, cache.images[slot])
+            cache.filled[slot] = 1
+        images = cache.images[raw.slots]
+    return Batch(
+        images=torch.from_numpy(images),
+        labels=torch.from_numpy(_labels(feed.parts, raw.parts, raw.ids)),
+        parts=torch.from_numpy(raw.parts),
+        names=_gather(feed.parts, raw.parts, raw.ids, "key"),
+        images_seen=feed.images_seen + (raw.number + 1) * feed.batch,
+    )
 
 
-def _collate(images_seen: int, batch: int, world: int, samples: Iterable[dict[str, Any]]) -> Iterator[Batch]:
-    worker = get_worker_info()
-    first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-    stream = iter(samples)
-    for number in count(first, step):
-        group = [next(stream) for _ in range(batch // world)]
-        yield Batch(
-            images=torch.from_numpy(np.stack([sample["image"] for sample in group])),
-            labels=torch.tensor([sample["label"] for sample in group], dtype=torch.int64),
-            keys=[sample["__key__"] for sample in group],
-            images_seen=images_seen + (number + 1) * batch,
+def _decode(shard_set: ShardSet, index: int, data: bytes, out_CHW: np.ndarray) -> None:
+    try:
+        decode_into(out_CHW, data)
+    except BadImage as error:
+        key, offset = shard_set.samples["key"][index].decode(), int(shard_set.samples["offset"][index])
+        shard = int(shard_set.shards_of(np.array(index)))
+        raise damaged(shard_set.shard_path(shard), offset, f"{key!r}: {error}") from None
+
+
+def _labels(parts: Sequence[Part], numbers: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    labels = _gather(parts, numbers, ids, "label").astype(np.int64)
+    classes = [one.manifest.classes for one in _distinct(parts)]
+    if any(names != classes[0] for names in classes):
+        first = np.cumsum([0, *map(len, classes)])[_set_numbers(parts)]
+        labels = np.where(labels < 0, labels, labels + first[numbers])
+    return labels
+
+
+def _gather(parts: Sequence[Part], numbers: np.ndarray, ids: np.ndarray, column: str) -> np.ndarray:
+    sets, of_set = _distinct(parts), _set_numbers(parts)[numbers]
+    if len(sets) == 1:
+        return sets[0].samples[column][ids]
+    found = {number: sets[number].samples[column][ids[of_set == number]] for number in np.unique(of_set).tolist()}
+    result = np.empty(len(ids), np.result_type(*(values.dtype for values in found.values())))
+    for number, values in found.items():
+        result[of_set == number] = values
+    return result
+
+
+def _distinct(parts: Sequence[Part]) -> list[ShardSet]:
+    return list({id(part.shard_set): part.shard_set for part in parts}.values())
+
+
+def _set_numbers(parts: Sequence[Part]) -> np.ndarray:
+    """For each part, the number of its set among `_distinct`."""
+    sets = [id(one) for one in _distinct(parts)]
+    return np.array([sets.index(id(part.shard_set)) for part in parts])
+
+
+def _check_shapes(parts: Sequence[Part]) -> None:
+    if not parts:
+        raise UserError("a mixture needs at least one part; give a set")
+    first = parts[0].shard_set.manifest
+    for manifest in (part.shard_set.manifest for part in parts):
+        if manifest.image_shape != first.image_shape:
+            raise UserError(
+                f"sets {first.name} {first.image_shape} and {manifest.name} {manifest.image_shape} differ in shape and"
+                " cannot be mixed; pack one of them again with the other's --size and --channels"
+            )
+
+
+def _chosen(part: Part) -> np.ndarray:
+    shard_set, subset = part.shard_set, part.subset
+    ids = shard_set.indices(part.split)
+    if subset is not None:
+        subset = np.asarray(subset, np.int64)
+        if not np.isin(subset, ids).all():
+            raise UserError(
+                f"the subset holds sample ids that are not in split {part.split!r} of {shard_set.manifest.name}"
+            )
+        ids = np.unique(subset)
+    if len(ids) == 0:
+        raise UserError(
+            f"split {part.split!r} of {shard_set.manifest.name} holds no image; choose another or pack it again"
         )
+    return ids
 
 
 def _errors_as_items(items: Iterable[Batch]) -> Iterator[Batch | UserError]:

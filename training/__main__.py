@@ -11,6 +11,7 @@ from data_shards import UserError, open_set
 from training.config import parse_overrides
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
+from training.source import set_place
 from training.world import join_world
 
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         recipe = read_recipe(TrainingRecipe, options.recipe, parse_overrides(options.set))
-        source = open_set(Path(recipe.data.root) / recipe.data.source)
+        source = open_set(set_place(recipe.data, recipe.data.source))
         world = join_world()
         run = (options.out or Path("runs") / recipe.name).resolve()
         if finished_pretraining(recipe, source, run / "pretrain"):

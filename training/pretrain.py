@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
+from data_shards.order import position
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.draws import latents
@@ -22,6 +23,7 @@ from training.loop import Plan, State, train
 from training.networks import load_weights, make_networks
 from training.pictures import generate, save_grid
 from training.recipe import TrainingRecipe, per_worker_batch
+from training.source import source_id, source_parts
 from training.wandb_log import open_run
 from training.world import World
 
@@ -32,7 +34,7 @@ def pretrain_id(recipe: TrainingRecipe, source: ShardSet) -> str:
     """Identifies what is being pretrained; more ``training.images`` continue the same one."""
     fields = result_fields(recipe.training)
     fields.pop("images")
-    return content_id(recipe.seed, fields, result_fields(recipe.data), source.manifest.sha256)
+    return content_id(recipe.seed, fields, result_fields(recipe.data), source_id(recipe.data, source))
 
 
 def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path) -> Path | None:
@@ -70,6 +72,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     """
     config = recipe.training
     torch.set_num_threads(config.threads)
+    parts = source_parts(recipe.data, source)
     local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
     folder = run / "pretrain"
     newest = latest_valid(folder)
@@ -97,6 +100,10 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     wandb_run = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="pretrain", run_id=f"pretrain-{identity}",
                          name="pretrain", settings=recipe.model_dump(mode="json")) if lead else None
 
+    def where(images: int) -> dict[str, int]:
+        """Of a single set, pass and samples; a mixture's parts each have passes of their own, that follow from the clock."""
+        return position(images, source.manifest.splits["train"]) if len(parts) == 1 else {"images": images}
+
     def report(state: State, metrics: dict[str, float]) -> None:
         if lead:
             append_event(events, stage="pretrain", images=state.images, metrics=metrics)
@@ -113,7 +120,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
         save_checkpoint(step_folder(folder, state.images), weights | states, {
             "images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
             "image_shape": list(source.manifest.image_shape),
-            "data_position": dict(zip(("pass", "samples"), divmod(state.images, len(source.indices())), strict=True)),
+            "data_position": where(state.images),
             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
             "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
         prune(folder, config.keep_checkpoints)
@@ -122,7 +129,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
         if wandb_run:
             wandb_run.log_image("samples", folder / "samples.png")
 
-    feed = batches(source, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
+    feed = batches(parts, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window)
     try:
         train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,

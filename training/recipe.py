@@ -29,7 +29,10 @@ RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
 class DataConfig(Config):
     source: str = Field(description="set of images to pretrain on: a folder below `root` or a path")
-    root: str = operational("data", "folder that holds the fetched and packed sets")
+    root: str = operational("data", "folder or URL that holds the fetched and packed sets")
+    mix: dict[str, float] = Field({}, description="further sets to pretrain on, and the weight of each where the source's is 1")
+    class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
+        "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)

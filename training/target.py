@@ -9,16 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_shards import ShardSet, load_images, open_set
+from data_shards import ShardSet, load_images
 from data_shards.errors import UserError
 from training.draws import generator
 from training.metrics.features import FeatureNet, load_feature_net
+from training.source import open_cached
 from training.world import device
-
-
-@functools.lru_cache(maxsize=64)
-def open_cached(path: str) -> ShardSet:
-    return open_set(path)
 
 
 @functools.lru_cache(maxsize=2)

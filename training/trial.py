@@ -36,7 +36,8 @@ from training.networks import load_start, load_weights, make_networks
 from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
 from training.recipe import AdaptationConfig, TrainingRecipe, resolve
-from training.target import Target, feature_net, load_target, open_cached, target_features
+from training.source import open_cached
+from training.target import Target, feature_net, load_target, target_features
 from training.wandb_log import open_run
 from training.world import World
 

@@ -14,8 +14,8 @@ counts_of_shards = st.lists(st.one_of(st.just(1), st.integers(1, 8), st.integers
 
 
 def order_of(counts: list[int], seed: int = 0, streams: int = 24, window: int = 1024) -> Order:
-    shards = np.repeat(np.arange(len(counts)), counts)
-    return make_order(1000 + np.arange(len(shards)), shards, seed, streams=streams, window=window)
+    bounds = 1000 + np.cumsum([0, *counts])
+    return make_order(np.arange(1000, bounds[-1]), bounds, seed, streams=streams, window=window)
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,7 +19,7 @@ from PIL import Image
 from data_shards import BadImage, DamagedShard, UserError, index_tars, load_images, open_set, pack_folder, verify
 from data_shards.files import hash_file
 from data_shards.images import decode_image, encode_png
-from data_shards.manifest import Manifest
+from data_shards.manifest import Column, Manifest
 from tests.data_shards.conftest import MakeSet, picture
 
 
@@ -74,13 +74,14 @@ def test_a_manifest_cannot_name_other_files(make_set: MakeSet, canary: Path, nam
 
 def test_a_table_with_pickles_is_refused(make_set: MakeSet, canary: Path) -> None:
     shard_set = make_set(5)
-    np.save(shard_set.path / "samples.npy", np.array([Payload(canary)], object), allow_pickle=True)
-    update = {"samples_sha256": hash_file(shard_set.path / "samples.npy")}
-    manifest: Manifest = shard_set.manifest.model_copy(update=update)
+    path = shard_set.path / "samples" / "label.npy"
+    np.save(path, np.array([Payload(canary)], object), allow_pickle=True)
+    column = Column(size=path.stat().st_size, sha256=hash_file(path))
+    manifest: Manifest = shard_set.manifest.model_copy(update={"columns": {**shard_set.manifest.columns, "label": column}})
     manifest = manifest.model_copy(update={"sha256": manifest.content_hash()})
     (shard_set.path / "manifest.json").write_text(manifest.model_dump_json())
-    with pytest.raises(UserError, match=r"samples\.npy cannot be read"):
-        open_set(shard_set.path)
+    with pytest.raises(UserError, match=r"label\.npy cannot be read"):
+        open_set(shard_set.path).samples["label"]
 
 
 @pytest.mark.parametrize("suffix", ["pkl", "pickle", "pyd", "pth", "pkl.gz", "npy", "pt", "txt"])

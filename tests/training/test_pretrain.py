@@ -49,6 +49,23 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path: Pat
     assert state["data_position"] == {"pass": 0, "samples": 64}
 
 
+def test_a_mixture_of_sets_and_balanced_classes_resumes_bit_equal_and_is_another_pretraining(tmp_path: Path) -> None:
+    source = toy_set(tmp_path / "source")
+    toy_set(tmp_path / "second", seed=1)
+    for name, data in {"mix": {"mix": {"second": 0.5}}, "balanced": {"class_weights": "balanced"},
+                       "named": {"class_weights": {"cross": 1.0}}}.items():
+        recipe = toy_recipe(tmp_path)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+        short = recipe.model_copy(update={"training": recipe.training.model_copy(update={"images": 32})})
+        last = pretrain(recipe, source, tmp_path / name, World())
+        pretrain(short, source, tmp_path / f"{name}-parts", World())
+        resumed = pretrain(recipe, source, tmp_path / f"{name}-parts", World())
+        expected, found = (load_checkpoint(folder, ("generator",))[0]["generator"] for folder in (last, resumed))
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+        with pytest.raises(UserError, match="another --out"):
+            pretrain(toy_recipe(tmp_path), source, tmp_path / name, World())
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     source = toy_set(tmp_path / "source")
     pretrain(toy_recipe(tmp_path, images=16), source, tmp_path / "run", World())

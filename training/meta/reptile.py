@@ -3,7 +3,6 @@ few steps, move the shared weights towards where each task ended. Tasks are inde
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards import ShardSet, batches, episode, open_set
+from data_shards import ShardSet, batches, episode
 from data_shards.errors import UserError
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
@@ -27,6 +26,7 @@ from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
 from training.recipe import TrainingRecipe
 from training.schedule import value_at
+from training.source import open_cached
 from training.wandb_log import open_run
 from training.world import World
 
@@ -67,16 +67,11 @@ def run_tasks_here(inner: Callable[[InnerLoop, Task], TaskResult], loop: InnerLo
     return [inner(loop, task) for task in tasks]
 
 
-@functools.lru_cache(maxsize=4)
-def _open(path: str) -> ShardSet:
-    return open_set(path)
-
-
 def adapt_to_task(loop: InnerLoop, task: Task) -> TaskResult:
     """``inner_steps`` steps of G and D with fresh optimizers on the task's support images; the weights it ends with."""
     config, training = loop.recipe.meta, loop.recipe.training
     torch.set_num_threads(training.threads)
-    source = _open(task.set_path)
+    source = open_cached(task.set_path)
     support, _ = episode(source, label=task.label, shots=config.shots, queries=0, seed=task.seed)
     networks = make_networks(training, source.manifest.image_shape, 0)
     for name, network in networks.items():
