@@ -28,6 +28,7 @@ from data_shards.tarfiles import BLOCK, damaged, parse_header
 
 MAX_OPEN_FILES = 128
 CACHE_BYTES = 256 * 1024 * 1024
+PIPE_BYTES = 1 << 20  # a smaller batch goes through the worker's pipe: shared memory costs a file for each tensor
 GROUP = 1024  # samples whose places are looked up at once
 
 
@@ -111,7 +112,7 @@ def batches(
         # Its own generator: the default draws from torch's global one and so would change the training's noise.
         generator=torch.Generator().manual_seed(0),
     )
-    return _raised(iter(loader))
+    return _received(iter(loader))
 
 
 def class_parts(
@@ -301,7 +302,8 @@ def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
             one.__exit__()
 
 
-def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> Batch:
+def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> dict[str, Any]:
+    """The fields of a `Batch`, as they travel between processes."""
     shape = feed.parts[0].shard_set.manifest.image_shape
     if cache is None or raw.slots is None:
         images = np.empty((len(raw.ids), *shape), np.uint8)
@@ -313,13 +315,13 @@ def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> Batch:
             _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, cache.images[slot])
             cache.filled[slot] = 1
         images = cache.images[raw.slots]
-    return Batch(
-        images=torch.from_numpy(images),
-        labels=torch.from_numpy(_labels(feed.parts, raw.parts, raw.ids)),
-        parts=torch.from_numpy(raw.parts),
-        names=_gather(feed.parts, raw.parts, raw.ids, "key"),
-        images_seen=feed.images_seen + (raw.number + 1) * feed.batch,
-    )
+    return {
+        "images": torch.from_numpy(images) if images.nbytes > PIPE_BYTES else images,
+        "labels": _labels(feed.parts, raw.parts, raw.ids),
+        "parts": raw.parts,
+        "names": _gather(feed.parts, raw.parts, raw.ids, "key"),
+        "images_seen": feed.images_seen + (raw.number + 1) * feed.batch,
+    }
 
 
 def _decode(shard_set: ShardSet, index: int, data: bytes, out_CHW: np.ndarray) -> None:
@@ -390,7 +392,7 @@ def _chosen(part: Part) -> np.ndarray:
     return ids
 
 
-def _errors_as_items(items: Iterable[Batch]) -> Iterator[Batch | UserError]:
+def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | UserError]:
     # The loader would turn an error raised in a worker process into a page of traceback.
     try:
         yield from items
@@ -398,12 +400,12 @@ def _errors_as_items(items: Iterable[Batch]) -> Iterator[Batch | UserError]:
         yield error
 
 
-def _raised(items: Iterator[Batch | UserError]) -> Iterator[Batch]:
+def _received(items: Iterator[dict[str, Any] | UserError]) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, UserError):
             raise item
-        yield item
+        yield Batch(**item | {name: torch.as_tensor(item[name]) for name in ("images", "labels", "parts")})
 
 
-def _unchanged(item: Batch | UserError) -> Batch | UserError:
+def _unchanged(item: Any) -> Any:
     return item
