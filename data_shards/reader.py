@@ -7,10 +7,7 @@ not used, because they run commands and pickles out of shards and drop samples w
 from __future__ import annotations
 
 import mmap
-import os
-import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -25,9 +22,10 @@ from data_shards.errors import BadImage, UserError
 from data_shards.images import decode_into
 from data_shards.manifest import ShardSet
 from data_shards.order import STREAMS, WINDOW, Mixture, check_world, locate, make_order, mix, positions
-from data_shards.tarfiles import BLOCK, damaged, parse_header
+from data_shards.parts import Part, check_shapes, chosen_ids, distinct_sets, gather, labels_of, set_numbers
+from data_shards.shard_files import ShardFiles
+from data_shards.tarfiles import damaged
 
-MAX_OPEN_FILES = 128
 CACHE_BYTES = 256 * 1024 * 1024
 PIPE_BYTES = 1 << 20  # a smaller batch goes through the worker's pipe: shared memory costs a file for each tensor
 GROUP = 1024  # samples whose places are looked up at once
@@ -46,16 +44,6 @@ class Batch:
     @property
     def keys(self) -> list[str]:
         return [name.decode() for name in self.names.tolist()]
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What one source gives to a mixture: a set's split, or those samples of it, and its share relative to the others."""
-
-    shard_set: ShardSet
-    weight: float = 1.0
-    split: str = "train"
-    subset: np.ndarray | None = None  # sample ids
 
 
 def batches(
@@ -89,9 +77,9 @@ def batches(
     if workers < 0 or images_seen < 0:
         raise UserError(f"workers {workers} and images_seen {images_seen} must be >= 0")
     parts = [Part(source, split=split, subset=subset)] if isinstance(source, ShardSet) else list(source)
-    _check_shapes(parts)
+    check_shapes(parts)
     orders = [
-        make_order(_chosen(part), part.shard_set.bounds, seed, streams=streams, window=window) for part in parts
+        make_order(chosen_ids(part), part.shard_set.bounds, seed, streams=streams, window=window) for part in parts
     ]
     shape = parts[0].shard_set.manifest.image_shape
     total = sum(len(order.ids) for order in orders)
@@ -116,30 +104,6 @@ def batches(
     return _received(iter(loader))
 
 
-def class_parts(
-    shard_set: ShardSet, weights: Mapping[str, float] | None = None, *, split: str = "train"
-) -> list[Part]:
-    """One part per class: with the weight that `weights` gives its name (others are left out), or all alike (None), so
-    that every class is seen equally often however many images it has.
-
-    Raises `UserError` for an unknown class, or a set without classes.
-    """
-    classes = shard_set.manifest.classes
-    if not classes:
-        raise UserError(f"set {shard_set.manifest.name} has no classes to weigh; pack it with labels")
-    chosen = dict.fromkeys(classes, 1.0) if weights is None else dict(weights)
-    found = [(weight, shard_set.indices(split, name)) for name, weight in chosen.items()]
-    return [Part(shard_set, weight, split, ids) for weight, ids in found if len(ids) or weights is not None]
-
-
-def class_names(parts: Sequence[Part]) -> tuple[str, ...]:
-    """What the labels of a mixture's batches count: the classes of its sets, under their set's name where sets differ."""
-    sets = _distinct(parts)
-    if len({one.manifest.classes for one in sets}) == 1:
-        return sets[0].manifest.classes
-    return tuple(f"{one.manifest.name}/{name}" for one in sets for name in one.manifest.classes)
-
-
 def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads the samples with those ids; returns images uint8 (n, C, H, W), 0..255, and labels int64 (n,).
 
@@ -151,83 +115,12 @@ def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tup
     images = np.empty((len(ids), *shard_set.manifest.image_shape), np.uint8)
     # In the order of the files, not of the caller: a set of any size is then read in one sweep.
     places = np.argsort(ids, kind="stable")
-    with _OpenFiles(shard_set) as files:
+    with ShardFiles(shard_set) as files:
         for begin in range(0, len(ids), GROUP):
             group = places[begin : begin + GROUP]
             for place, index, data in zip(group, ids[group].tolist(), files.read(ids[group]), strict=True):
                 _decode(shard_set, index, data, images[place])
     return torch.from_numpy(images), torch.from_numpy(shard_set.samples["label"][ids].astype(np.int64))
-
-
-def episode(
-    shard_set: ShardSet, *, label: int | str | None, shots: int, queries: int, seed: int, split: str = "train"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a support set of `shots` and a query set of `queries` sample ids, disjoint, from one class (None: any).
-
-    The same arguments give the same episode. Raises `UserError` if the class has fewer than shots + queries images.
-    """
-    ids = shard_set.indices(split, label)
-    if shots < 0 or queries < 0 or seed < 0:
-        raise UserError(f"shots {shots}, queries {queries} and seed {seed} must be >= 0")
-    if shots + queries > len(ids):
-        raise UserError(
-            f"{shots} shots and {queries} queries need {shots + queries} images, and {shard_set.manifest.name} has"
-            f" {len(ids)} of {'any class' if label is None else f'class {label!r}'} in its split {split}; ask for fewer"
-        )
-    key = (seed, 0 if label is None else 1 + shard_set.label_index(label))
-    shuffled = ids[np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(len(ids)), kind="stable")]
-    return shuffled[:shots], shuffled[shots : shots + queries]
-
-
-class _OpenFiles:
-    """At most `MAX_OPEN_FILES` shard files of a set, opened when first read."""
-
-    def __init__(self, shard_set: ShardSet) -> None:
-        self.shard_set = shard_set
-        self.descriptors: OrderedDict[int, int] = OrderedDict()
-
-    def __enter__(self) -> _OpenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
-
-    def read(self, ids: np.ndarray) -> list[bytes]:
-        """The encoded bytes of those samples, whose CRC is checked."""
-        samples = self.shard_set.samples
-        columns = [samples[name][ids].tolist() for name in ("offset", "size", "crc32")]
-        shards = self.shard_set.shards_of(ids).tolist()
-        return [self._read(*row) for row in zip(ids.tolist(), shards, *columns, strict=True)]
-
-    def _read(self, index: int, shard: int, offset: int, size: int, crc32: int) -> bytes:
-        descriptor = self.descriptors.get(shard)
-        try:
-            data = os.pread(descriptor if descriptor is not None else self._open(shard), size, offset)
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or "no such place"
-            raise damaged(self.shard_set.shard_path(shard), offset, f"it cannot be read ({reason})") from None
-        if len(data) != size or zlib.crc32(data) != crc32:
-            raise damaged(self.shard_set.shard_path(shard), offset, self._difference(index, shard, offset, size))
-        return data
-
-    def _open(self, shard: int) -> int:
-        if len(self.descriptors) >= MAX_OPEN_FILES:
-            os.close(self.descriptors.popitem(last=False)[1])
-        self.descriptors[shard] = os.open(self.shard_set.shard_path(shard), os.O_RDONLY | os.O_NONBLOCK)
-        return self.descriptors[shard]
-
-    def _difference(self, index: int, shard: int, offset: int, size: int) -> str:
-        """Why bytes are not the manifest's: another member, or the right one with other bytes."""
-        suffix = self.shard_set.manifest.suffixes[self.shard_set.samples["suffix"][index]]
-        name = f"{self.shard_set.samples['key'][index].decode()}.{suffix}"
-        try:
-            found, length, _ = parse_header(os.pread(self.descriptors[shard], BLOCK, max(0, offset - BLOCK)))
-        except (OSError, ValueError):
-            found, length = name, size
-        if (found, length) != (name, size):
-            return f"it holds {found[:80]!r} of {length} bytes, not {name!r} of {size}"
-        return f"the bytes of {name!r} do not have the checksum of the manifest"
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,8 +163,8 @@ def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
     local = feed.batch // feed.world
     at_once = max(1, GROUP // local)
-    sets = _distinct(feed.parts)
-    files, of_set = [_OpenFiles(one) for one in sets], _set_numbers(feed.parts)
+    sets = distinct_sets(feed.parts)
+    files, of_set = [ShardFiles(one) for one in sets], set_numbers(feed.parts)
     bases = np.cumsum([0, *(len(order.ids) for order in feed.mixture.orders)])
     try:
         for begin in count(first, step * at_once):
@@ -318,9 +211,9 @@ def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> dict[str, Any]:
         images = cache.images[raw.slots]
     return {
         "images": torch.from_numpy(images) if images.nbytes > PIPE_BYTES else images,
-        "labels": _labels(feed.parts, raw.parts, raw.ids),
+        "labels": labels_of(feed.parts, raw.parts, raw.ids),
         "parts": raw.parts,
-        "names": _gather(feed.parts, raw.parts, raw.ids, "key"),
+        "names": gather(feed.parts, raw.parts, raw.ids, "key"),
         "images_seen": feed.images_seen + (raw.number + 1) * feed.batch,
     }
 
@@ -332,65 +225,6 @@ def _decode(shard_set: ShardSet, index: int, data: bytes, out_CHW: np.ndarray) -
         key, offset = shard_set.samples["key"][index].decode(), int(shard_set.samples["offset"][index])
         shard = int(shard_set.shards_of(np.array(index)))
         raise damaged(shard_set.shard_path(shard), offset, f"{key!r}: {error}") from None
-
-
-def _labels(parts: Sequence[Part], numbers: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    labels = _gather(parts, numbers, ids, "label").astype(np.int64)
-    classes = [one.manifest.classes for one in _distinct(parts)]
-    if any(names != classes[0] for names in classes):
-        first = np.cumsum([0, *map(len, classes)])[_set_numbers(parts)]
-        labels = np.where(labels < 0, labels, labels + first[numbers])
-    return labels
-
-
-def _gather(parts: Sequence[Part], numbers: np.ndarray, ids: np.ndarray, column: str) -> np.ndarray:
-    sets, of_set = _distinct(parts), _set_numbers(parts)[numbers]
-    if len(sets) == 1:
-        return sets[0].samples[column][ids]
-    found = {number: sets[number].samples[column][ids[of_set == number]] for number in np.unique(of_set).tolist()}
-    result = np.empty(len(ids), np.result_type(*(values.dtype for values in found.values())))
-    for number, values in found.items():
-        result[of_set == number] = values
-    return result
-
-
-def _distinct(parts: Sequence[Part]) -> list[ShardSet]:
-    return list({id(part.shard_set): part.shard_set for part in parts}.values())
-
-
-def _set_numbers(parts: Sequence[Part]) -> np.ndarray:
-    """For each part, the number of its set among `_distinct`."""
-    sets = [id(one) for one in _distinct(parts)]
-    return np.array([sets.index(id(part.shard_set)) for part in parts])
-
-
-def _check_shapes(parts: Sequence[Part]) -> None:
-    if not parts:
-        raise UserError("a mixture needs at least one part; give a set")
-    first = parts[0].shard_set.manifest
-    for manifest in (part.shard_set.manifest for part in parts):
-        if manifest.image_shape != first.image_shape:
-            raise UserError(
-                f"sets {first.name} {first.image_shape} and {manifest.name} {manifest.image_shape} differ in shape and"
-                " cannot be mixed; pack one of them again with the other's --size and --channels"
-            )
-
-
-def _chosen(part: Part) -> np.ndarray:
-    shard_set, subset = part.shard_set, part.subset
-    ids = shard_set.indices(part.split)
-    if subset is not None:
-        subset = np.asarray(subset, np.int64)
-        if not np.isin(subset, ids).all():
-            raise UserError(
-                f"the subset holds sample ids that are not in split {part.split!r} of {shard_set.manifest.name}"
-            )
-        ids = np.unique(subset)
-    if len(ids) == 0:
-        raise UserError(
-            f"split {part.split!r} of {shard_set.manifest.name} holds no image; choose another or pack it again"
-        )
-    return ids
 
 
 def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | UserError]:

@@ -40,7 +40,7 @@ def test_the_sequence_depends_on_neither_world_nor_workers(make_set: MakeSet, wo
     shard_set = make_set(100)
     expected = sequence(shard_set, 1, 9)
     assert sorted(expected[:90]) == sorted(f"k{i:05d}" for i in range(100) if i % 10 != 9)
-    for world in (1, 2, 3, 4, 8) if workers == 0 else (1, 2):
+    for world in (1, 2, 3, 4, 8):
         assert sequence(shard_set, world, 9, workers=workers) == expected
 
 
@@ -112,6 +112,10 @@ def test_episodes_are_disjoint_of_one_class_and_repeatable(make_set: MakeSet) ->
     again = episode(shard_set, label=3, shots=5, queries=10, seed=4)
     assert np.array_equal(support, again[0]) and np.array_equal(query, again[1])
     assert not np.array_equal(support, episode(shard_set, label=3, shots=5, queries=10, seed=5)[0])
+    both, _ = episode(shard_set, label=[1, "class-3"], shots=5, queries=10, seed=4)
+    assert np.bincount(shard_set.samples["label"][both]).tolist() == [0, 5, 0, 5] and np.array_equal(both[5:], support)
+    with pytest.raises(UserError, match="name one twice"):
+        episode(shard_set, label=[3, "class-3"], shots=1, queries=1, seed=0)
     with pytest.raises(UserError, match="need 25 images, and set has 20"):
         episode(shard_set, label=3, shots=15, queries=10, seed=0)
 

@@ -52,8 +52,9 @@ def test_an_interrupted_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path: Pat
 def test_a_mixture_of_sets_and_balanced_classes_resumes_bit_equal_and_is_another_pretraining(tmp_path: Path) -> None:
     source = toy_set(tmp_path / "source")
     toy_set(tmp_path / "second", seed=1)
-    for name, data in {"mix": {"mix": {"second": 0.5}}, "balanced": {"class_weights": "balanced"},
-                       "named": {"class_weights": {"cross": 1.0}}}.items():
+    changes: dict[str, dict[str, Any]] = {"mix": {"mix": {"second": 0.5}}, "balanced": {"class_weights": "balanced"},
+                                          "named": {"class_weights": {"cross": 1.0}}}
+    for name, data in changes.items():
         recipe = toy_recipe(tmp_path)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
         short = recipe.model_copy(update={"training": recipe.training.model_copy(update={"images": 32})})
