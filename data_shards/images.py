@@ -17,6 +17,7 @@ import io
 import math
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -63,24 +64,61 @@ def decode_image(
 def decode_into(out_CHW: np.ndarray, data: bytes) -> None:
     """Decodes PNG, JPEG or WebP bytes whose image has exactly the shape of `out_CHW`, uint8 (C, H, W), into it.
 
-    As `decode_image`, in half the time for the common case. Raises `BadImage`, also for another shape.
+    As `decode_image`, in a third of the time for the common case. Raises `BadImage`, also for another shape.
     """
     channels, height, width = out_CHW.shape
-    image = None
-    if data[:4] != b"RIFF":  # a WebP's canvas is allocated on opening: it takes the careful way
+    try:
+        pixels = _plain_png(data, channels, height, width)
+    except _DECODE_ERRORS as error:
+        raise BadImage(f"not a readable {', '.join(FORMATS)} image ({_one_line(error)})") from error
+    if pixels is None and data[:4] != b"RIFF":  # a WebP's canvas is allocated on opening: it takes the careful way
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             plain = "transparency" not in image.info and not getattr(image, "is_animated", False)
             if plain and image.mode == ("L" if channels == 1 else "RGB") and image.size == (width, height):
                 pixels = np.asarray(image)
-                out_CHW[...] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
-                return
         except _DECODE_ERRORS as error:
             raise BadImage(f"not a readable {', '.join(FORMATS)} image ({_one_line(error)})") from error
+    if pixels is not None:
+        out_CHW[...] = pixels if channels == 1 else pixels.transpose(2, 0, 1)
+        return
     found = decode_image(data, channels, max_pixels=height * width)
     if found.shape != out_CHW.shape:
         raise BadImage(f"its shape is {found.shape}, not {out_CHW.shape}")
     out_CHW[...] = found
+
+
+def _plain_png(data: bytes, channels: int, height: int, width: int) -> np.ndarray | None:
+    """The pixels, uint8 (H, W) or (H, W, 3), of a PNG of this shape that holds nothing but them, as `encode_png` writes it.
+
+    None for any other bytes. It spares what Pillow does to find out the format, which takes longer than a small image's
+    decoding; the decoder is Pillow's.
+    """
+    if not data.startswith(_png_head(channels, height, width)) or not data.endswith(_PNG_END):
+        return None
+    begin, end, compressed = _PNG_HEAD_BYTES, len(data) - len(_PNG_END), []
+    while begin < end:
+        stop = begin + 12 + int.from_bytes(data[begin : begin + 4], "big")  # length, type, data, checksum
+        if stop > end or data[begin + 4 : begin + 8] != b"IDAT":
+            return None
+        if zlib.crc32(data[begin + 4 : stop - 4]) != int.from_bytes(data[stop - 4 : stop], "big"):
+            raise ValueError("a chunk of the PNG does not have its checksum")
+        compressed.append(data[begin + 8 : stop - 4])
+        begin = stop
+    mode = "L" if channels == 1 else "RGB"
+    image = Image.frombytes(mode, (width, height), b"".join(compressed), "zip", mode, 0)  # 0: not interlaced
+    return np.frombuffer(image.tobytes(), np.uint8).reshape((height, width) if channels == 1 else (height, width, 3))
+
+
+_PNG_HEAD_BYTES = 33
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+@cache
+def _png_head(channels: int, height: int, width: int) -> bytes:
+    """Signature and header chunk of a PNG of 8 bits a channel, gray or RGB, not interlaced."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int, *, background: int = BACKGROUND) -> np.ndarray:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_shards import BadImage, DamagedShard, UserError, index_tars, load_images, open_set, pack_folder, verify
 from data_shards.files import hash_file
-from data_shards.images import decode_image, encode_png
+from data_shards.images import decode_image, decode_into, encode_png
 from data_shards.manifest import Column, Manifest
 from tests.data_shards.conftest import MakeSet, picture
 
@@ -216,6 +216,41 @@ def test_a_png_bomb_is_an_error(side: int) -> None:
     assert len(data) < 40_000
     with pytest.raises(BadImage, match=r"over the cap|bomb"):
         decode_image(data, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_short_way_of_decoding_accepts_and_refuses_what_pillow_does(channels: int) -> None:
+    """Bytes of a plain PNG, some spoilt with checksums that hold, so that only the decoder can notice."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    def outcome(way: str, data: bytes) -> bytes | None:
+        out = np.full((channels, 8, 8), 77, np.uint8)
+        try:
+            if way == "short":
+                decode_into(out, data)
+            else:
+                out = decode_image(data, channels)
+        except BadImage:
+            return None
+        return out.tobytes() if out.shape == (channels, 8, 8) else None
+
+    rng = np.random.default_rng(channels)
+    rows = b"".join(bytes([row % 5]) + rng.bytes(8 * channels) for row in range(8))
+    whole = zlib.compress(rows)
+    flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    streams = [whole, zlib.compress(rows[:30]), zlib.compress(rows * 2), zlib.compress(b"\x09" + rows[1:]), whole[:-4]]
+    streams += [whole[: len(whole) // 2], whole + b"more", b"", b"not compressed", *flipped]
+    kind = 0 if channels == 1 else 2
+    heads = [struct.pack(">IIBBBBB", 8, 8, 8, *rest) for rest in ((kind, 0, 0, 0), (2 - kind, 0, 0, 0), (kind, 0, 0, 1))]
+    for number, (stream, head) in enumerate([(stream, heads[0]) for stream in streams] + [(whole, head) for head in heads]):
+        for extra in (b"", chunk(b"tEXt", b"a\0b"), chunk(b"tRNS", bytes(2 * channels))):
+            third = len(stream) // 3
+            body = chunk(b"IDAT", stream[:third]) + chunk(b"IDAT", stream[third:])
+            data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + body + chunk(b"IEND", b"")
+            assert outcome("short", data) == outcome("whole", data), (number, extra)
+    assert outcome("short", encode_png(np.zeros((channels, 8, 8), np.uint8))) == bytes(64 * channels)
 
 
 def test_a_webp_canvas_bomb_is_an_error_before_pillow_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
