@@ -1,6 +1,6 @@
 """Shards to batches, through webdataset, in the order that `order.py` defines.
 
-webdataset gets a source of raw batches and explicit stages; its URL opener, its splitters and its default decoder are
+webdataset gets a source of batches and explicit stages; its URL opener, its splitters and its default decoder are
 not used, because they run commands and pickles out of shards and drop samples without a word.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from data_shards.manifest import ShardSet
 from data_shards.order import STREAMS, WINDOW, Mixture, check_world, locate, make_order, mix, positions
 from data_shards.parts import Part, check_shapes, chosen_ids, distinct_sets, gather, labels_of, set_numbers
 from data_shards.shard_files import ShardFiles
-from data_shards.tarfiles import damaged
 
 CACHE_BYTES = 256 * 1024 * 1024
 PIPE_BYTES = 1 << 20  # a smaller batch goes through the worker's pipe: shared memory costs a file for each tensor
@@ -86,8 +85,8 @@ def batches(
     cache = _Cache(total, shape) if total * int(np.prod(shape)) <= cache_bytes else None
     feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_raw_batches, feed, cache),
-        wds.map(partial(_decoded, feed, cache)),
+        partial(_batches, feed, cache),
+        wds.map(_in_memory),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -119,7 +118,7 @@ def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tup
         for begin in range(0, len(ids), GROUP):
             group = places[begin : begin + GROUP]
             for place, index, data in zip(group, ids[group].tolist(), files.read(ids[group]), strict=True):
-                _decode(shard_set, index, data, images[place])
+                _decode(files, index, data, images[place])
     return torch.from_numpy(images), torch.from_numpy(shard_set.samples["label"][ids].astype(np.int64))
 
 
@@ -145,89 +144,120 @@ class _Cache:
         self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8)
 
 
+class _Travelling(NamedTuple):
+    """The fields of a `Batch` on their way between processes."""
+
+    images: np.ndarray | torch.Tensor
+    labels: np.ndarray
+    parts: np.ndarray
+    names: np.ndarray
+    images_seen: int
+
+
 @dataclass
 class _Raw:
-    """A batch before decoding: where each image belongs in the cache, and the bytes of those not there yet."""
+    """Batches before decoding, one after the other: for each image its part and sample id and, where images are kept, its
+    slot there.
+    """
 
-    number: int
+    numbers: range
     parts: np.ndarray
     ids: np.ndarray
     slots: np.ndarray | None
-    wanted: np.ndarray  # entries of the batch whose bytes follow
-    data: list[bytes]
 
 
-def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
-    """The source: worker w of n makes the whole batches w, w + n, ..., which the loader takes in turn."""
+def _groups(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
+    """The batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which the loader
+    takes in turn.
+    """
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+    orders = feed.mixture.orders
+    bases = np.cumsum([0, *(len(order.ids) for order in orders)])
+    at_once = max(1, min(GROUP, int(bases[-1])) // (feed.batch // feed.world))
+    for begin in count(first, step * at_once):
+        numbers = range(begin, begin + step * at_once, step)
+        where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
+        parts, ids = locate(feed.mixture, np.concatenate(where))
+        slots = None
+        if cache is not None:
+            slots = np.empty(len(ids), np.int64)
+            for part in np.unique(parts):
+                mask = parts == part
+                slots[mask] = bases[part] + np.searchsorted(orders[part].ids, ids[mask])
+        yield _Raw(numbers, parts, ids, slots)
+
+
+def _batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Travelling]:
+    """The source: one batch after the other. While one group of batches is read, the next is being fetched."""
+    files, of_set = [ShardFiles(one) for one in distinct_sets(feed.parts)], set_numbers(feed.parts)
     local = feed.batch // feed.world
-    at_once = max(1, GROUP // local)
-    sets = distinct_sets(feed.parts)
-    files, of_set = [ShardFiles(one) for one in sets], set_numbers(feed.parts)
-    bases = np.cumsum([0, *(len(order.ids) for order in feed.mixture.orders)])
+    groups = _groups(feed, cache)
+    coming = next(groups)
     try:
-        for begin in count(first, step * at_once):
-            numbers = range(begin, begin + step * at_once, step)
-            where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
-            parts, ids = locate(feed.mixture, np.concatenate(where))
-            slots = None
-            if cache is not None:
-                slots = np.empty(len(ids), np.int64)
-                for part in np.unique(parts):
-                    mask = parts == part
-                    slots[mask] = bases[part] + np.searchsorted(feed.mixture.orders[part].ids, ids[mask])
-            for place, number in enumerate(numbers):
+        while True:
+            group, coming = coming, next(groups)
+            for number, one in enumerate(files):
+                mask = of_set[coming.parts] == number
+                if cache is not None and coming.slots is not None:
+                    mask &= cache.filled[coming.slots] == 0
+                one.prefetch(coming.ids[mask])
+            for place, number in enumerate(group.numbers):
                 span = slice(place * local, (place + 1) * local)
-                inner = slots[span] if slots is not None else None
-                wanted = np.arange(local)
-                if cache is not None and inner is not None:
-                    fresh, entries = np.unique(inner, return_index=True)
-                    wanted = entries[cache.filled[fresh] == 0]
-                data: list[bytes] = [b""] * len(wanted)
-                from_set, from_id = of_set[parts[span][wanted]], ids[span][wanted]
-                for number_of_set in np.unique(from_set).tolist():
-                    entries = np.flatnonzero(from_set == number_of_set)
-                    for entry, found in zip(entries.tolist(), files[number_of_set].read(from_id[entries]), strict=True):
-                        data[entry] = found
-                yield _Raw(number, parts[span], ids[span], inner, wanted, data)
+                parts, ids = group.parts[span], group.ids[span]
+                slots = group.slots[span] if group.slots is not None else None
+                yield _Travelling(
+                    _images(feed, cache, files, of_set[parts], ids, slots),
+                    labels_of(feed.parts, parts, ids),
+                    parts,
+                    gather(feed.parts, parts, ids, "key"),
+                    feed.images_seen + (number + 1) * feed.batch,
+                )
     finally:
         for one in files:
             one.__exit__()
 
 
-def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> dict[str, Any]:
-    """The fields of a `Batch`, as they travel between processes."""
-    shape = feed.parts[0].shard_set.manifest.image_shape
-    if cache is None or raw.slots is None:
-        images = np.empty((len(raw.ids), *shape), np.uint8)
-        for entry, data in zip(raw.wanted.tolist(), raw.data, strict=True):
-            _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, images[entry])
-    else:
-        for entry, data in zip(raw.wanted.tolist(), raw.data, strict=True):
-            slot = raw.slots[entry]
-            _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, cache.images[slot])
-            cache.filled[slot] = 1
-        images = cache.images[raw.slots]
-    return {
-        "images": torch.from_numpy(images) if images.nbytes > PIPE_BYTES else images,
-        "labels": labels_of(feed.parts, raw.parts, raw.ids),
-        "parts": raw.parts,
-        "names": gather(feed.parts, raw.parts, raw.ids, "key"),
-        "images_seen": feed.images_seen + (raw.number + 1) * feed.batch,
-    }
+def _images(
+    feed: _Feed,
+    cache: _Cache | None,
+    files: list[ShardFiles],
+    from_set: np.ndarray,
+    ids: np.ndarray,
+    slots: np.ndarray | None,
+) -> np.ndarray:
+    """uint8 (b, C, H, W): out of the cache as far as they are there, else read, and then kept there."""
+    wanted, target = np.arange(len(ids)), None
+    if cache is not None and slots is not None:
+        distinct, entries = np.unique(slots, return_index=True)
+        wanted, target = entries[cache.filled[distinct] == 0], cache.images
+    if target is None:
+        target = np.empty((len(ids), *feed.parts[0].shard_set.manifest.image_shape), np.uint8)
+    for number in np.unique(from_set[wanted]).tolist():
+        entries = wanted[from_set[wanted] == number]
+        places = (entries if slots is None else slots[entries]).tolist()
+        for index, place, data in zip(ids[entries].tolist(), places, files[number].read(ids[entries]), strict=True):
+            _decode(files[number], index, data, target[place])
+            if cache is not None:
+                cache.filled[place] = 1
+    return target if slots is None else target[slots]
 
 
-def _decode(shard_set: ShardSet, index: int, data: bytes, out_CHW: np.ndarray) -> None:
+def _decode(files: ShardFiles, index: int, data: bytes, out_CHW: np.ndarray) -> None:
     try:
         decode_into(out_CHW, data)
     except BadImage as error:
-        key, offset = shard_set.samples["key"][index].decode(), int(shard_set.samples["offset"][index])
-        shard = int(shard_set.shards_of(np.array(index)))
-        raise damaged(shard_set.shard_path(shard), offset, f"{key!r}: {error}") from None
+        key = files.shard_set.samples["key"][index].decode()
+        raise files.damaged(index, f"{key!r}: {error}") from None
 
 
-def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | UserError]:
+def _in_memory(item: _Travelling) -> _Travelling:
+    """A large batch's images as a tensor, which goes to the main process through shared memory."""
+    images = item.images
+    return item._replace(images=torch.as_tensor(images)) if images.nbytes > PIPE_BYTES else item
+
+
+def _errors_as_items(items: Iterable[_Travelling]) -> Iterator[_Travelling | UserError]:
     # The loader would turn an error raised in a worker process into a page of traceback.
     try:
         yield from items
@@ -235,11 +265,12 @@ def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
         yield error
 
 
-def _received(items: Iterator[dict[str, Any] | UserError]) -> Iterator[Batch]:
+def _received(items: Iterator[_Travelling | UserError]) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, UserError):
             raise item
-        yield Batch(**item | {name: torch.as_tensor(item[name]) for name in ("images", "labels", "parts")})
+        images, labels, parts = map(torch.as_tensor, item[:3])
+        yield Batch(images, labels, parts, item.names, item.images_seen)
 
 
 def _unchanged(item: Any) -> Any:
