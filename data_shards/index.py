@@ -9,19 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from data_shards.errors import BadImage, UserError
+from data_shards.files import hash_file
 from data_shards.images import MAX_BYTES, SUFFIXES, decode_image
 from data_shards.manifest import (
     MANIFEST,
-    SCHEMA_VERSION,
     Manifest,
     Shard,
     ShardSet,
-    hash_file,
+    as_columns,
     open_set,
-    sample_dtype,
     write_set,
 )
 from data_shards.tarfiles import Member, check_key, damaged, file_size, local_path, members
@@ -60,7 +57,7 @@ def index_tars(
     rows: list[list[Any]] = []
     shapes: dict[tuple[int, ...], str] = {}
     for number, path in enumerate(paths):
-        found = _index_tar(path, number, channels, shapes)
+        found = _index_tar(path, channels, shapes)
         try:
             shards.append(Shard(name=path.name, size=file_size(path), sha256=hash_file(path), samples=len(found)))
         except ValueError:
@@ -75,28 +72,27 @@ def index_tars(
     if len(shapes) != 1:
         (first, one), (second, two) = list(shapes.items())[:2]
         raise UserError(f"images in {root} differ in size: {one} is {first}, {two} is {second}; pack them to one size")
-    labels, classes = _number_labels([row[4] for row in rows], root)
-    table = np.array(
-        [(*row[:4], label, *row[5:]) for row, label in zip(rows, labels, strict=True)],
-        sample_dtype(max(len(row[7]) for row in rows)),
+    labels, classes = _number_labels([row[3] for row in rows], root)
+    suffixes = sorted({row[5] for row in rows})
+    table = as_columns(
+        [(*row[:3], label, 0, suffixes.index(row[5]), row[6]) for row, label in zip(rows, labels, strict=True)]
     )
     shape = next(iter(shapes))
     manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
         name=name or root.resolve().name,
         image_shape=(shape[0], shape[1], shape[2]),
         classes=classes,
         licence=licence,
         source=source,
-        splits={"train": len(table), "reference": 0},
+        splits={"train": len(rows), "reference": 0},
+        suffixes=tuple(suffixes),
         shards=tuple(shards),
-        samples_sha256="0" * 64,
     )
     write_set(root, manifest, table)
     return open_set(root)
 
 
-def _index_tar(path: Path, number: int, channels: int, shapes: dict[tuple[int, ...], str]) -> list[list[Any]]:
+def _index_tar(path: Path, channels: int, shapes: dict[tuple[int, ...], str]) -> list[list[Any]]:
     """Rows of one tar, the label still as found: int, str, or None."""
     groups: dict[str, dict[str, Member]] = {}
     last = None
@@ -114,13 +110,12 @@ def _index_tar(path: Path, number: int, channels: int, shapes: dict[tuple[int, .
         groups.setdefault(key, {})[suffix] = member
         last = key
     with path.open("rb") as file:
-        return [_row(path, file, number, key, group, channels, shapes) for key, group in groups.items()]
+        return [_row(path, file, key, group, channels, shapes) for key, group in groups.items()]
 
 
 def _row(
     path: Path,
     file: BinaryIO,
-    number: int,
     key: str,
     group: dict[str, Member],
     channels: int,
@@ -142,7 +137,7 @@ def _row(
         raise damaged(path, image.offset, f"{image.name!r}: {error}") from None
     shapes.setdefault(shape, f"{path.name}:{key}")
     label = _label(path, file, group[labels[0]], labels[0].lower()) if labels else None
-    return [number, image.offset, image.size, zlib.crc32(data), label, 0, images[0].encode(), key.encode()]
+    return [image.offset, image.size, zlib.crc32(data), label, 0, images[0], key.encode()]
 
 
 def _read(path: Path, file: BinaryIO, member: Member, cap: int) -> bytes:

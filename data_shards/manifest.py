@@ -1,8 +1,9 @@
-"""A set: a folder of plain WebDataset tars with `manifest.json` and `samples.npy` beside them.
+"""A set: a folder of plain WebDataset tars with `manifest.json` and `samples/` beside them.
 
-`manifest.json` says what the set is and lists its shards; `samples.npy` is a structured array with one row per sample,
-in the order in which they lie in the shards, opened by memory map so that ten million rows cost no memory. The manifest
-holds the sha256 of every shard and of `samples.npy`, and of itself, so that nothing can change unnoticed.
+`manifest.json` says what the set is and lists its shards; `samples/<column>.npy` holds one column of the table of
+samples, one row per sample in the order in which they lie in the shards, opened by memory map when it is first used, so
+that ten million rows cost no memory. The manifest holds the sha256 of every shard, of every column, and of itself, so
+that nothing can change unnoticed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +21,25 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_shards.errors import DamagedShard, UserError
+from data_shards.files import hash_file, sync, write_json
 from data_shards.images import check_shape
 from data_shards.tarfiles import damaged, file_size, local_path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-SAMPLES = "samples.npy"
+SAMPLES = "samples"
 SPLITS = ("train", "reference")
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+
+COLUMNS: dict[str, str] = {
+    "offset": "<u8",  # of the image's bytes in its shard
+    "size": "<u4",  # of the image, in bytes
+    "crc32": "<u4",  # of the image's bytes: a flipped bit need not stop an image from decoding
+    "label": "<i4",  # index into the classes, -1 where there is none
+    "split": "|u1",  # index into SPLITS
+    "suffix": "|u1",  # index into the manifest's suffixes
+    "key": "S",  # as wide as the longest key
+}
 
 
 class Shard(BaseModel):
@@ -41,12 +53,21 @@ class Shard(BaseModel):
     samples: int = Field(description="number of samples", ge=1)
 
 
+class Column(BaseModel):
+    """One file of `samples/`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(description="bytes", ge=0)
+    sha256: str = Field(description="hash of the file", pattern=r"^[0-9a-f]{64}$")
+
+
 class Manifest(BaseModel):
     """What `manifest.json` holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = Field(description="version of this layout")
+    schema_version: int = Field(default=SCHEMA_VERSION, description="version of this layout")
     name: str = Field(description="name of the set, such as quickdraw/source")
     image_shape: tuple[int, int, int] = Field(description="(C, H, W) of every image")
     value_range: tuple[int, int] = Field(default=(0, 255), description="smallest and largest value a pixel may have")
@@ -54,45 +75,37 @@ class Manifest(BaseModel):
     licence: str = Field(description="licence of the images")
     source: str = Field(description="where the images came from")
     splits: dict[str, int] = Field(description="samples in each split, train and reference")
-    seed: int = Field(default=0, description="seed of the packing order and of the split")
+    suffixes: tuple[str, ...] = Field(default=("png",), description="file suffixes of the images in the tars", min_length=1)
+    packing: dict[str, Any] = Field(default={}, description="how the images were made: seed, size policy, encoding")
+    provenance: dict[str, Any] = Field(default={}, description="of generated images: checkpoint, its hash, seed, truncation")
     bad: tuple[tuple[str, str], ...] = Field(default=(), description="files that were left out, with the reason")
-    shards: tuple[Shard, ...] = Field(description="the tars, in the order of samples.npy", min_length=1)
-    samples_sha256: str = Field(description="hash of samples.npy", pattern=r"^[0-9a-f]{64}$")
+    duplicates: int = Field(default=0, description="exact copies that were left out; duplicates.csv lists them", ge=0)
+    shards: tuple[Shard, ...] = Field(description="the tars, in the order of the samples", min_length=1)
+    columns: dict[str, Column] = Field(default={}, description="the files of samples/, by column")
     sha256: str = Field(default="", description="hash of all the fields above: the identity of the set")
 
     def content_hash(self) -> str:
-        """sha256 of the manifest without its own hash; it covers every shard through their hashes."""
+        """sha256 of the manifest without its own hash; it covers every shard and column through their hashes."""
         content = self.model_dump(mode="json", exclude={"sha256"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sample_dtype(key_bytes: int) -> np.dtype[Any]:
-    """The row of `samples.npy`; `offset` and `size` are the image member's data in its shard, in bytes."""
-    return np.dtype(
-        [
-            ("shard", "<u4"),
-            ("offset", "<u8"),
-            ("size", "<u4"),
-            ("crc32", "<u4"),  # of the image's bytes: a flipped bit need not stop an image from decoding
-            ("label", "<i4"),  # -1 where there is none
-            ("split", "u1"),  # index into SPLITS
-            ("ext", "S4"),  # suffix of the image member
-            ("key", f"S{max(1, key_bytes)}"),
-        ]
-    )
-
-
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened set: its folder and its manifest. `samples` maps `samples.npy` into memory on first use."""
+    """An opened set: its folder and its manifest. Columns of the samples are mapped into memory on first use."""
 
     path: Path
     manifest: Manifest
 
     @cached_property
-    def samples(self) -> np.ndarray:
-        """The rows of `samples.npy`, dtype `sample_dtype(...)`, read-only."""
-        return _open_samples(self.path)
+    def samples(self) -> Mapping[str, np.ndarray]:
+        """Column name (see `COLUMNS`) -> read-only array (N,), checked against its hash when it is first asked for."""
+        return _Columns(self.path, self.manifest)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """int64 (shards + 1,): shard s holds the sample ids bounds[s] to bounds[s + 1]."""
+        return np.cumsum([0, *(shard.samples for shard in self.manifest.shards)])
 
     def __len__(self) -> int:
         return sum(self.manifest.splits.values())
@@ -108,10 +121,16 @@ class ShardSet:
         """
         if split not in SPLITS:
             raise UserError(f"split {split!r} does not exist; a set has the splits {', '.join(SPLITS)}")
+        if label is None and self.manifest.splits[split] == len(self):
+            return np.arange(len(self))
         chosen = self.samples["split"] == SPLITS.index(split)
         if label is not None:
             chosen &= self.samples["label"] == self.label_index(label)
         return np.flatnonzero(chosen)
+
+    def shards_of(self, ids: np.ndarray) -> np.ndarray:
+        """The number of the shard that holds each sample id."""
+        return np.searchsorted(self.bounds, ids, side="right") - 1
 
     def label_index(self, label: int | str) -> int:
         """Returns the index of a class given by index or name; raises `UserError` naming the classes."""
@@ -128,9 +147,61 @@ class ShardSet:
         return self.path / self.manifest.shards[shard].name
 
 
+class _Columns(Mapping[str, np.ndarray]):
+    """The files of `samples/`, each opened and checked once, when it is first asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.loaded: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.loaded:
+            if name not in COLUMNS:
+                raise KeyError(name)
+            self.loaded[name] = self._load(name)
+        return self.loaded[name]
+
+    def __iter__(self) -> Any:
+        return iter(COLUMNS)
+
+    def __len__(self) -> int:
+        return len(COLUMNS)
+
+    def _load(self, name: str) -> np.ndarray:
+        manifest, path = self.manifest, self.folder / SAMPLES / f"{name}.npy"
+        remedy = f"run `graft shards index {self.folder}`, or fetch or pack the set again"
+        try:
+            if hash_file(path) != manifest.columns[name].sha256:
+                raise UserError(f"{path} is not the file its manifest describes; {remedy}")
+            rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+        kind = rows.dtype.kind == "S" if name == "key" else rows.dtype.str == COLUMNS[name]
+        if not kind or rows.shape != (sum(shard.samples for shard in manifest.shards),) or not _sound(name, rows, manifest):
+            raise UserError(f"{path} and its manifest do not agree; {remedy}")
+        return rows
+
+
+def _sound(name: str, rows: np.ndarray, manifest: Manifest) -> bool:
+    """The hashes say that the files are the written ones; this says that they are consistent, whoever wrote them.
+
+    What offsets and sizes point at is checked when it is read.
+    """
+    if name == "label":
+        return bool(rows.min() >= -1 and rows.max() < len(manifest.classes))
+    if name == "split":
+        found = np.bincount(rows, minlength=len(SPLITS))
+        return len(found) == len(SPLITS) and manifest.splits == dict(zip(SPLITS, found.tolist(), strict=True))
+    if name == "suffix":
+        return bool(rows.max() < len(manifest.suffixes))
+    return True
+
+
 def open_set(path: str | os.PathLike[str]) -> ShardSet:
-    """Opens the set in folder `path` and checks what is cheap to check: hashes of the manifest and of `samples.npy`,
-    rows that lie inside their shards, and the size of every shard file (`verify` hashes those).
+    """Opens the set in folder `path` and checks what is cheap to check: the manifest's own hash, and that every shard and
+    column is there in its size. Columns are hashed when they are first used, shards by `verify`.
 
     Raises `UserError` naming the remedy if the folder or its manifest is missing or does not hold together, and
     `DamagedShard` naming the shard.
@@ -146,41 +217,39 @@ def open_set(path: str | os.PathLike[str]) -> ShardSet:
             f"folder {folder} holds no {MANIFEST}; run `graft shards index {folder}` to make one for its tars"
         )
     manifest = _read_manifest(folder / MANIFEST)
-    if not (folder / SAMPLES).is_file() or hash_file(folder / SAMPLES) != manifest.samples_sha256:
-        raise UserError(
-            f"{folder / SAMPLES} is missing or not the file its manifest describes; run `graft shards index {folder}`,"
-            " or fetch or pack the set again"
-        )
-    result = ShardSet(folder, manifest)
-    _check_rows(result)
+    for name, column in manifest.columns.items():
+        file = folder / SAMPLES / f"{name}.npy"
+        if not file.is_file() or file.stat().st_size != column.size:
+            raise UserError(
+                f"{file} is missing or not the file its manifest describes; run `graft shards index {folder}`, or fetch"
+                " or pack the set again"
+            )
     for shard in manifest.shards:
         size = file_size(folder / shard.name)
         if size != shard.size:
             reason = f"it has {size} bytes where the manifest says {shard.size}"
             raise damaged(folder / shard.name, min(size, shard.size), reason)
-    return result
+    return ShardSet(folder, manifest)
 
 
 def info(shard_set: ShardSet) -> dict[str, Any]:
     """Returns what a person asks of a set: name, shape, classes, licence, counts, bytes, hash; JSON-ready."""
     manifest = shard_set.manifest
-    fields = ("name", "image_shape", "value_range", "licence", "source", "splits", "schema_version", "sha256")
-    data = manifest.model_dump(mode="json", include=set(fields))
-    labels = shard_set.samples["label"]
+    data = manifest.model_dump(mode="json", exclude={"shards", "columns", "classes"})
+    labels = np.bincount(shard_set.samples["label"] + 1, minlength=1 + len(manifest.classes))
     return {
-        **{name: data[name] for name in fields},
+        **data,
         "path": str(shard_set.path),
         "samples": len(shard_set),
         "shards": len(manifest.shards),
         "bytes": sum(shard.size for shard in manifest.shards),
-        "classes": {name: int((labels == index).sum()) for index, name in enumerate(manifest.classes)},
-        "unlabelled": int((labels < 0).sum()),
-        "bad": [list(pair) for pair in manifest.bad],
+        "classes": dict(zip(manifest.classes, labels[1:].tolist(), strict=True)),
+        "unlabelled": int(labels[0]),
     }
 
 
 def verify(shard_set: ShardSet, progress: Callable[[int, int], None] | None = None) -> None:
-    """Hashes every shard anew; `progress(done, total)` is called after each, in shards.
+    """Hashes every shard and column anew; `progress(done, total)` is called after each shard.
 
     Raises `DamagedShard` naming the first shard whose bytes are not those of the manifest.
     """
@@ -191,37 +260,35 @@ def verify(shard_set: ShardSet, progress: Callable[[int, int], None] | None = No
             raise DamagedShard(f"shard {path} does not have the sha256 of its manifest; fetch or pack the set again")
         if progress:
             progress(number + 1, len(shards))
+    fresh = ShardSet(shard_set.path, shard_set.manifest)
+    for name in COLUMNS:
+        fresh.samples[name]
 
 
-def write_set(folder: Path, manifest: Manifest, rows: np.ndarray) -> Manifest:
-    """Writes `samples.npy` and then, last, `manifest.json` with both hashes filled in; returns that manifest."""
-    temporary = folder / f".{SAMPLES}.tmp"
-    with temporary.open("wb") as file:
-        np.save(file, rows, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / SAMPLES)
-    manifest = manifest.model_copy(update={"samples_sha256": hash_file(folder / SAMPLES)})
+def write_set(folder: Path, manifest: Manifest, rows: Mapping[str, np.ndarray]) -> Manifest:
+    """Writes the columns (all of `COLUMNS`) and then, last, `manifest.json` with the hashes filled in; returns it."""
+    columns = {}
+    (folder / SAMPLES).mkdir(exist_ok=True)
+    for name, kind in COLUMNS.items():
+        path = folder / SAMPLES / f"{name}.npy"
+        temporary = path.with_name(f".{name}.partial")
+        with temporary.open("wb") as file:
+            np.save(file, np.asarray(rows[name], None if name == "key" else kind), allow_pickle=False)
+        sync(temporary)
+        columns[name] = Column(size=temporary.stat().st_size, sha256=hash_file(temporary))
+        temporary.replace(path)
+    sync(folder / SAMPLES)
+    manifest = manifest.model_copy(update={"columns": columns})
     manifest = manifest.model_copy(update={"sha256": manifest.content_hash()})
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return manifest
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON to a temporary name, fsyncs it and renames it into place."""
-    temporary = path.parent / f".{path.name}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def as_columns(rows: Sequence[tuple[Any, ...]]) -> dict[str, np.ndarray]:
+    """Rows of values in the order of `COLUMNS` -> one array per column."""
+    values = list(zip(*rows, strict=True))
+    return {name: np.array(column, None if name == "key" else COLUMNS[name])
+            for name, column in zip(COLUMNS, values, strict=True)}
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -234,9 +301,9 @@ def _read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path} is not JSON ({error}); {remedy}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version}, and this graft reads up to {SCHEMA_VERSION}; update graft"
-        )
+        raise UserError(f"{path} has schema version {version}, and this graft reads up to {SCHEMA_VERSION}; update graft")
+    if isinstance(version, int) and version < SCHEMA_VERSION:
+        raise UserError(f"{path} has schema version {version}, which this graft no longer reads; {remedy}")
     try:
         manifest = Manifest.model_validate(data)
         check_shape(manifest.image_shape)
@@ -246,40 +313,12 @@ def _read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path} is no manifest: {where or 'it'}: {first['msg']}; {remedy}") from None
     if manifest.sha256 != manifest.content_hash():
         raise UserError(f"{path} was changed after it was written, its hash does not hold; {remedy}")
-    return manifest
-
-
-def _open_samples(folder: Path) -> np.ndarray:
-    try:
-        rows: np.ndarray = np.load(folder / SAMPLES, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder / SAMPLES} cannot be read ({error}); run `graft shards index {folder}`") from None
-    width = rows.dtype["key"].itemsize if rows.dtype.names and "key" in rows.dtype.names else 0
-    if rows.ndim != 1 or rows.dtype != sample_dtype(width):
-        raise UserError(f"{folder / SAMPLES} does not hold sample rows; run `graft shards index {folder}`")
-    return rows
-
-
-def _check_rows(shard_set: ShardSet) -> None:
-    """The hashes say that the files are the written ones; this says that they are consistent, whoever wrote them."""
-    manifest, rows = shard_set.manifest, shard_set.samples
-    shard, end = rows["shard"].astype(np.int64), rows["offset"].astype(np.int64) + rows["size"]
-    sizes = np.array([entry.size for entry in manifest.shards], np.int64)
-    counts = np.array([entry.samples for entry in manifest.shards], np.int64)
     sound = (
-        len(rows) == counts.sum()
-        and (shard == np.repeat(np.arange(len(counts)), counts)).all()
-        and (rows["offset"] >= 512).all()
-        and (rows["offset"] < 1 << 62).all()
-        and (end <= sizes[shard]).all()
-        and (rows["label"] >= -1).all()
-        and (rows["label"] < len(manifest.classes)).all()
-        and len({entry.name for entry in manifest.shards}) == len(manifest.shards)
-        and manifest.splits == {name: int((rows["split"] == index).sum()) for index, name in enumerate(SPLITS)}
-        and sum(manifest.splits.values()) == len(rows)
+        manifest.columns.keys() == COLUMNS.keys()
+        and manifest.splits.keys() == set(SPLITS)
+        and len({shard.name for shard in manifest.shards}) == len(manifest.shards)
+        and sum(manifest.splits.values()) == sum(shard.samples for shard in manifest.shards)
     )
     if not sound:
-        raise UserError(
-            f"{shard_set.path / SAMPLES} and its manifest do not agree; run `graft shards index {shard_set.path}`,"
-            " or fetch or pack the set again"
-        )
+        raise UserError(f"{path} does not hold together (columns, splits or shards); {remedy}")
+    return manifest

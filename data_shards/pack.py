@@ -22,16 +22,16 @@ import numpy as np
 import webdataset as wds
 
 from data_shards.errors import BadImage, UserError
+from data_shards.files import sync
 from data_shards.images import check_shape, encode_png
 from data_shards.manifest import (
     MANIFEST,
-    SCHEMA_VERSION,
     SPLITS,
     Manifest,
     Shard,
     ShardSet,
+    as_columns,
     open_set,
-    sample_dtype,
     write_set,
 )
 from data_shards.tarfiles import BLOCK, check_key, local_path
@@ -91,19 +91,17 @@ def pack_images(
         shards, rows = _write_shards(folder, encoded, shard_samples, shard_bytes)
         if not rows:
             raise UserError(f"no image is left to pack into {target}; the first was left out because {bad[0][1]}")
-        table = np.array(rows, sample_dtype(max(len(row[-1]) for row in rows)))
+        table = as_columns(rows)
         manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
             name=name,
             image_shape=shape,
             classes=tuple(classes),
             licence=licence,
             source=source,
             splits={split: int((table["split"] == index).sum()) for index, split in enumerate(SPLITS)},
-            seed=seed,
+            packing={"seed": seed},
             bad=tuple(sorted(bad)),
             shards=tuple(shards),
-            samples_sha256="0" * 64,
         )
         write_set(folder, manifest, table)
     return open_set(target)
@@ -132,7 +130,7 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         _lock(descriptor, draft, target)
         for entry in draft.iterdir():  # what a killed process left behind; the lock says that none is writing
-            entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield draft
             _replace_folder(draft, target)
@@ -154,22 +152,14 @@ def _lock(descriptor: int, draft: Path, target: Path) -> None:
 
 
 def _replace_folder(new: Path, target: Path) -> None:
-    _sync_folder(new)
+    sync(new)
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(new, target)
-    _sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checked(samples: Iterable[Sample], name: str, classes: int) -> list[Sample]:
@@ -260,7 +250,7 @@ def _write_shards(
                     if len(rows) > before and writer.tarstream.offset >= shard_bytes:
                         break
                     sample, data = following
-                    rows.append(_write_sample(writer, sample, data, len(shards)))
+                    rows.append(_write_sample(writer, sample, data))
                     following = next(encoded, None)
             file.flush()
             os.fsync(file.fileno())
@@ -269,12 +259,11 @@ def _write_shards(
     return shards, rows
 
 
-def _write_sample(writer: Any, sample: Sample, data: bytes, shard: int) -> tuple[Any, ...]:
+def _write_sample(writer: Any, sample: Sample, data: bytes) -> tuple[Any, ...]:
     content: dict[str, Any] = {"__key__": sample.key, "png": data}
     if sample.label >= 0:
         content["cls"] = str(sample.label).encode()
     writer.write(content)
     # Members are written in the order of their suffixes, so the image is the last one.
     offset = writer.tarstream.offset - -(-len(data) // BLOCK) * BLOCK
-    split = SPLITS.index(sample.split)
-    return shard, offset, len(data), zlib.crc32(data), sample.label, split, b"png", sample.key.encode()
+    return offset, len(data), zlib.crc32(data), sample.label, SPLITS.index(sample.split), 0, sample.key.encode()

@@ -69,7 +69,7 @@ def batches(
     if workers < 0 or images_seen < 0:
         raise UserError(f"workers {workers} and images_seen {images_seen} must be >= 0")
     ids = _chosen(shard_set, split, subset)
-    order = make_order(ids, shard_set.samples["shard"][ids], seed, streams=streams, window=window)
+    order = make_order(ids, shard_set.shards_of(ids), seed, streams=streams, window=window)
     per_process = cache_bytes // max(1, workers)
     fits = len(ids) * int(np.prod(shard_set.manifest.image_shape)) <= per_process
     pipeline = wds.DataPipeline(
@@ -149,10 +149,11 @@ class _OpenFiles:
             os.close(self.descriptors.popitem()[1])
 
     def samples(self, ids: np.ndarray) -> Iterator[dict[str, Any]]:
-        rows = self.shard_set.samples[ids]
-        columns = [rows[name].tolist() for name in ("shard", "offset", "size", "crc32", "label", "ext", "key")]
-        for index, shard, offset, size, crc32, label, ext, key in zip(ids.tolist(), *columns, strict=True):
-            data = self._read(shard, offset, size, crc32, f"{key.decode()}.{ext.decode()}")
+        columns = [self.shard_set.samples[name][ids].tolist() for name in ("offset", "size", "crc32", "label", "suffix", "key")]
+        suffixes = self.shard_set.manifest.suffixes
+        shards = self.shard_set.shards_of(ids).tolist()
+        for index, shard, offset, size, crc32, label, suffix, key in zip(ids.tolist(), shards, *columns, strict=True):
+            data = self._read(shard, offset, size, crc32, f"{key.decode()}.{suffixes[suffix]}")
             yield {"__key__": key.decode(), "index": index, "label": label, "where": (shard, offset), "bytes": data}
 
     def _read(self, shard: int, offset: int, size: int, crc32: int, name: str) -> bytes:
