@@ -5,11 +5,11 @@ Knows nothing of training or of clusters; the only place for webdataset.
 
 from data_shards.datasets import DATASETS, fetch
 from data_shards.errors import BadImage, DamagedShard, UserError
-from data_shards.folder import pack_folder
 from data_shards.index import index_tars
 from data_shards.manifest import ShardSet, info, open_set, verify
-from data_shards.pack import Sample, pack_images
+from data_shards.pack import pack_arrays, pack_images, pack_source
 from data_shards.reader import Batch, batches, episode, load_images
+from data_shards.sources.made import Sample
 
 __all__ = [
     "DATASETS",
@@ -26,7 +26,8 @@ __all__ = [
     "info",
     "load_images",
     "open_set",
-    "pack_folder",
+    "pack_arrays",
     "pack_images",
+    "pack_source",
     "verify",
 ]
