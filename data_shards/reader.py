@@ -27,7 +27,7 @@ from data_shards.shard_files import ShardFiles
 from data_shards.tarfiles import damaged
 
 CACHE_BYTES = 256 * 1024 * 1024
-PIPE_BYTES = 1 << 20  # a smaller batch goes through the worker's pipe: shared memory costs a file for each tensor
+AHEAD = 2  # batches that each worker may be ahead
 GROUP = 1024  # samples whose places are looked up at once
 
 
@@ -83,11 +83,12 @@ def batches(
     ]
     shape = parts[0].shard_set.manifest.image_shape
     total = sum(len(order.ids) for order in orders)
-    cache = _Cache(total, shape) if total * int(np.prod(shape)) <= cache_bytes else None
+    cached = total * int(np.prod(shape)) <= cache_bytes
+    store = _Store(total if cached else (AHEAD + 1) * max(1, workers) * batch // world, shape, cached)
     feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_raw_batches, feed, cache),
-        wds.map(partial(_decoded, feed, cache)),
+        partial(_raw_batches, feed, store),
+        wds.map(partial(_decoded, feed, store)),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -95,13 +96,13 @@ def batches(
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        # The cache is memory that a fork shares.
+        prefetch_factor=AHEAD if workers else None,
+        # The store is memory that a fork shares.
         multiprocessing_context="fork" if workers else None,
         # Its own generator: the default draws from torch's global one and so would change the training's noise.
         generator=torch.Generator().manual_seed(0),
     )
-    return _received(iter(loader))
+    return _received(iter(loader), store, pin_memory and torch.cuda.is_available())
 
 
 def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,29 +136,33 @@ class _Feed:
     world: int
 
 
-class _Cache:
-    """Decoded images of all that a feed may read, in memory that forked workers share, so that each is decoded once."""
+class _Store:
+    """Decoded images in memory that forked workers share, so that no pixel goes through a pipe.
 
-    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
-        size = int(np.prod(shape))
-        self.images = np.frombuffer(mmap.mmap(-1, count * size), np.uint8).reshape(count, *shape)
+    Either all images that a feed may read, each decoded once (`cached`), or the batches under way: batch n lies where
+    batch n - (AHEAD + 1) * workers lay. A worker never begins a batch AHEAD + 1 after one that was not taken yet, since
+    the loader asks it for another only when it hands one over, and `_received` copies that before it asks for the next.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int], cached: bool) -> None:
+        self.images = np.frombuffer(mmap.mmap(-1, count * int(np.prod(shape))), np.uint8).reshape(count, *shape)
         # Set after the image is whole. Two workers may decode the same one; both write the same bytes.
-        self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8)
+        self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8) if cached else None
 
 
 @dataclass
 class _Raw:
-    """A batch before decoding: where each image belongs in the cache, and the bytes of those not there yet."""
+    """A batch before decoding: where each image belongs in the store, and the bytes of those not there yet."""
 
     number: int
     parts: np.ndarray
     ids: np.ndarray
-    slots: np.ndarray | None
+    slots: np.ndarray
     wanted: np.ndarray  # entries of the batch whose bytes follow
     data: list[bytes]
 
 
-def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
+def _raw_batches(feed: _Feed, store: _Store) -> Iterator[_Raw]:
     """The source: worker w of n makes the whole batches w, w + n, ..., which the loader takes in turn."""
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -171,19 +176,19 @@ def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
             numbers = range(begin, begin + step * at_once, step)
             where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
             parts, ids = locate(feed.mixture, np.concatenate(where))
-            slots = None
-            if cache is not None:
+            if store.filled is None:
+                slots = np.concatenate([np.arange(local) + n * local for n in numbers]) % len(store.images)
+            else:
                 slots = np.empty(len(ids), np.int64)
                 for part in np.unique(parts):
                     mask = parts == part
                     slots[mask] = bases[part] + np.searchsorted(feed.mixture.orders[part].ids, ids[mask])
             for place, number in enumerate(numbers):
                 span = slice(place * local, (place + 1) * local)
-                inner = slots[span] if slots is not None else None
-                wanted = np.arange(local)
-                if cache is not None and inner is not None:
+                inner, wanted = slots[span], np.arange(local)
+                if store.filled is not None:
                     fresh, entries = np.unique(inner, return_index=True)
-                    wanted = entries[cache.filled[fresh] == 0]
+                    wanted = entries[store.filled[fresh] == 0]
                 data: list[bytes] = [b""] * len(wanted)
                 from_set, from_id = of_set[parts[span][wanted]], ids[span][wanted]
                 for number_of_set in np.unique(from_set).tolist():
@@ -196,21 +201,16 @@ def _raw_batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
             one.__exit__()
 
 
-def _decoded(feed: _Feed, cache: _Cache | None, raw: _Raw) -> dict[str, Any]:
-    """The fields of a `Batch`, as they travel between processes."""
-    shape = feed.parts[0].shard_set.manifest.image_shape
-    if cache is None or raw.slots is None:
-        images = np.empty((len(raw.ids), *shape), np.uint8)
-        for entry, data in zip(raw.wanted.tolist(), raw.data, strict=True):
-            _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, images[entry])
-    else:
-        for entry, data in zip(raw.wanted.tolist(), raw.data, strict=True):
-            slot = raw.slots[entry]
-            _decode(feed.parts[raw.parts[entry]].shard_set, int(raw.ids[entry]), data, cache.images[slot])
-            cache.filled[slot] = 1
-        images = cache.images[raw.slots]
+def _decoded(feed: _Feed, store: _Store, raw: _Raw) -> dict[str, Any]:
+    """Decodes into the store; what is returned travels between processes."""
+    sets = [part.shard_set for part in feed.parts]
+    rows = zip(raw.parts[raw.wanted].tolist(), raw.ids[raw.wanted].tolist(), raw.slots[raw.wanted].tolist(), strict=True)
+    for (part, index, slot), data in zip(rows, raw.data, strict=True):
+        _decode(sets[part], index, data, store.images[slot])
+        if store.filled is not None:
+            store.filled[slot] = 1
     return {
-        "images": torch.from_numpy(images) if images.nbytes > PIPE_BYTES else images,
+        "slots": raw.slots,
         "labels": labels_of(feed.parts, raw.parts, raw.ids),
         "parts": raw.parts,
         "names": gather(feed.parts, raw.parts, raw.ids, "key"),
@@ -235,11 +235,18 @@ def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
         yield error
 
 
-def _received(items: Iterator[dict[str, Any] | UserError]) -> Iterator[Batch]:
+def _received(items: Iterator[dict[str, Any] | UserError], store: _Store, pin_memory: bool) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, UserError):
             raise item
-        yield Batch(**item | {name: torch.as_tensor(item[name]) for name in ("images", "labels", "parts")})
+        images = torch.from_numpy(store.images[item["slots"]])
+        yield Batch(
+            images.pin_memory() if pin_memory else images,
+            torch.from_numpy(item["labels"]),
+            torch.from_numpy(item["parts"]),
+            item["names"],
+            item["images_seen"],
+        )
 
 
 def _unchanged(item: Any) -> Any:
