@@ -47,7 +47,8 @@ class Board:
         """Record what trials had written, and decisions that were due, when the driver was killed before it could."""
         events = [event for event in read_events(self.run / "events.jsonl") if event["stage"] == "fanout"]
         recorded = {(event["trial"], event["images"]) for event in events}
-        decided = {(event["metrics"]["domain"], event["metrics"]["method"]) for event in events if not event["trial"]}
+        decided = {(event["metrics"]["domain"], event["metrics"]["method"]) for event in events
+                   if "decision" in event["metrics"]}  # the stage's own time has no trial either
         for race in self.races:
             for trial, identity in (*race.search, *final_trials(race, self.rows)):
                 row = self.rows.get(identity)

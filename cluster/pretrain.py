@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -43,6 +44,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     from ray.train.v2.api.config import FailureConfig  # what ray.train gives at run time; its stubs name the old one
 
     storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # Ray's 2 s are waited out when the workers are done
     # A worker has another working directory.
     root = recipe.data.root if "://" in recipe.data.root else str(Path(recipe.data.root).resolve())
     sent = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})

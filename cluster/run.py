@@ -149,7 +149,7 @@ def _encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
     total = recipe.evaluation.encoder_images
     with _timed(out, "encoder"), progress("encoder", total, "images") as show:
         encoder = train_encoder(images, labels, classes=len(source.manifest.classes), seed=recipe.seed, images_budget=total,
-                                device=device(), threads=_cpus(),
+                                device=device(), threads=recipe.evaluation.encoder_threads,
                                 progress=_every(5, lambda seen, loss: show(seen, f"loss {loss:.3f}")))
     save_encoder(encoder, path)
 

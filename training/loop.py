@@ -115,7 +115,7 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan
 
 def to_signed(images: Tensor) -> Tensor:
     """uint8 NCHW -> float32 [-1, 1] on this process's device."""
-    return images.to(device()).float() / 127.5 - 1.0
+    return images.to(device(), non_blocking=True).float() / 127.5 - 1.0
 
 
 def autocast(precision: str) -> AbstractContextManager[object]:

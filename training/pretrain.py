@@ -130,7 +130,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
             wandb_run.log_image("samples", folder / "samples.png")
 
     feed = batches(parts, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
-                   workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window)
+                   workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
+                   pin_memory=torch.cuda.is_available())
     try:
         train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
               report=report, snapshot=snapshot)

@@ -95,6 +95,7 @@ class EvaluationConfig(Config):
     net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception")
     samples: int = Field(500, ge=8, description="generated images per score")
     encoder_images: int = Field(120_000, ge=1, description="images seen by the in-domain encoder's training")
+    encoder_threads: int = operational(2, "CPU threads of the in-domain encoder's training; sums differ in the last bits", ge=1)
 
 
 class TrainingRecipe(Config):

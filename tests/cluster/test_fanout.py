@@ -14,7 +14,7 @@ from cluster.recipe import Recipe
 from data_shards import UserError
 from data_shards.files import write_json
 from tests.toy import toy_set, toy_tree
-from training.events import read_events
+from training.events import append_event, read_events
 from training.trial import empty_row, trial_folder
 from tune_spaces.plan import Job, Start, races
 
@@ -98,6 +98,12 @@ def test_a_board_rebuilt_from_the_folder_goes_on_with_the_same_plan(board: Board
     rest = play(again)
     assert len(first) + len(rest) == board.total()
     assert not {(j.identity, j.until) for j in first} & {(j.identity, j.until) for j in rest}
+
+
+def test_a_finished_run_with_its_stage_time_in_the_log_is_read_again(board: Board) -> None:
+    play(board)
+    append_event(board.run / "events.jsonl", stage="fanout", images=0, metrics={"seconds": 8.3, "completed": True})
+    assert Board(board.recipe, board.run, board.races).finished()
 
 
 def test_a_lost_trial_is_a_failed_row_and_the_search_goes_on(board: Board) -> None:
