@@ -1,6 +1,6 @@
 """Shards to batches, through webdataset, in the order that `order.py` defines.
 
-webdataset gets a source of batches and explicit stages; its URL opener, its splitters and its default decoder are
+webdataset gets a source and explicit stages; its URL opener, its splitters and its default decoder are
 not used, because they run commands and pickles out of shards and drop samples without a word.
 """
 
@@ -26,7 +26,7 @@ from data_shards.parts import Part, check_shapes, chosen_ids, distinct_sets, gat
 from data_shards.shard_files import ShardFiles
 
 CACHE_BYTES = 256 * 1024 * 1024
-PIPE_BYTES = 1 << 20  # a smaller batch goes through the worker's pipe: shared memory costs a file for each tensor
+AHEAD = 2  # batches that each worker may be ahead
 GROUP = 1024  # samples whose places are looked up at once
 
 
@@ -82,11 +82,11 @@ def batches(
     ]
     shape = parts[0].shard_set.manifest.image_shape
     total = sum(len(order.ids) for order in orders)
-    cache = _Cache(total, shape) if total * int(np.prod(shape)) <= cache_bytes else None
+    cached = total * int(np.prod(shape)) <= cache_bytes
+    kept = _Kept(total if cached else (AHEAD + 1) * max(1, workers) * batch // world, shape, cached)
     feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_batches, feed, cache),
-        wds.map(_in_memory),
+        partial(_batches, feed, kept),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -94,13 +94,13 @@ def batches(
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        # The cache is memory that a fork shares.
+        prefetch_factor=AHEAD if workers else None,
+        # What is kept is memory that a fork shares.
         multiprocessing_context="fork" if workers else None,
         # Its own generator: the default draws from torch's global one and so would change the training's noise.
         generator=torch.Generator().manual_seed(0),
     )
-    return _received(iter(loader))
+    return _received(iter(loader), kept, pin_memory and torch.cuda.is_available())
 
 
 def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,113 +134,104 @@ class _Feed:
     world: int
 
 
-class _Cache:
-    """Decoded images of all that a feed may read, in memory that forked workers share, so that each is decoded once."""
+class _Kept:
+    """Decoded images in memory that forked workers share, so that no pixel goes through a pipe.
 
-    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
-        size = int(np.prod(shape))
-        self.images = np.frombuffer(mmap.mmap(-1, count * size), np.uint8).reshape(count, *shape)
+    Either all images that a feed may read, each decoded once (`cached`), or the batches under way: batch n lies where
+    batch n - (AHEAD + 1) * workers lay. A worker never begins a batch AHEAD + 1 after one that was not taken yet, since
+    the loader asks it for another only when it hands one over, and `_received` copies that before it asks for the next.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int], cached: bool) -> None:
+        self.images = np.frombuffer(mmap.mmap(-1, count * int(np.prod(shape))), np.uint8).reshape(count, *shape)
         # Set after the image is whole. Two workers may decode the same one; both write the same bytes.
-        self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8)
+        self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8) if cached else None
+
+
+@dataclass
+class _Group:
+    """Batches of one loader process, one after the other: for each image its part, its sample id and its place in `_Kept`."""
+
+    numbers: range
+    parts: np.ndarray
+    ids: np.ndarray
+    slots: np.ndarray
 
 
 class _Travelling(NamedTuple):
-    """The fields of a `Batch` on their way between processes."""
+    """A `Batch` on its way between processes: its images stay where `slots` says."""
 
-    images: np.ndarray | torch.Tensor
+    slots: np.ndarray
     labels: np.ndarray
     parts: np.ndarray
     names: np.ndarray
     images_seen: int
 
 
-@dataclass
-class _Raw:
-    """Batches before decoding, one after the other: for each image its part and sample id and, where images are kept, its
-    slot there.
-    """
-
-    numbers: range
-    parts: np.ndarray
-    ids: np.ndarray
-    slots: np.ndarray | None
-
-
-def _groups(feed: _Feed, cache: _Cache | None) -> Iterator[_Raw]:
+def _groups(feed: _Feed, kept: _Kept) -> Iterator[_Group]:
     """The batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which the loader
     takes in turn.
     """
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-    orders = feed.mixture.orders
+    orders, local = feed.mixture.orders, feed.batch // feed.world
     bases = np.cumsum([0, *(len(order.ids) for order in orders)])
-    at_once = max(1, min(GROUP, int(bases[-1])) // (feed.batch // feed.world))
+    at_once = max(1, min(GROUP, int(bases[-1])) // local)
     for begin in count(first, step * at_once):
         numbers = range(begin, begin + step * at_once, step)
         where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
         parts, ids = locate(feed.mixture, np.concatenate(where))
-        slots = None
-        if cache is not None:
+        if kept.filled is None:
+            slots = np.concatenate([np.arange(local) + n * local for n in numbers]) % len(kept.images)
+        else:
             slots = np.empty(len(ids), np.int64)
             for part in np.unique(parts):
                 mask = parts == part
                 slots[mask] = bases[part] + np.searchsorted(orders[part].ids, ids[mask])
-        yield _Raw(numbers, parts, ids, slots)
+        yield _Group(numbers, parts, ids, slots)
 
 
-def _batches(feed: _Feed, cache: _Cache | None) -> Iterator[_Travelling]:
+def _batches(feed: _Feed, kept: _Kept) -> Iterator[_Travelling]:
     """The source: one batch after the other. While one group of batches is read, the next is being fetched."""
     files, of_set = [ShardFiles(one) for one in distinct_sets(feed.parts)], set_numbers(feed.parts)
     local = feed.batch // feed.world
-    groups = _groups(feed, cache)
+    groups = _groups(feed, kept)
     coming = next(groups)
     try:
         while True:
             group, coming = coming, next(groups)
+            wanted = _missing(kept, coming.slots)
             for number, one in enumerate(files):
-                mask = of_set[coming.parts] == number
-                if cache is not None and coming.slots is not None:
-                    mask &= cache.filled[coming.slots] == 0
-                one.prefetch(coming.ids[mask])
+                one.prefetch(coming.ids[wanted[of_set[coming.parts[wanted]] == number]])
             for place, number in enumerate(group.numbers):
                 span = slice(place * local, (place + 1) * local)
-                parts, ids = group.parts[span], group.ids[span]
-                slots = group.slots[span] if group.slots is not None else None
-                yield _Travelling(
-                    _images(feed, cache, files, of_set[parts], ids, slots),
-                    labels_of(feed.parts, parts, ids),
-                    parts,
-                    gather(feed.parts, parts, ids, "key"),
-                    feed.images_seen + (number + 1) * feed.batch,
-                )
+                parts, ids, slots = group.parts[span], group.ids[span], group.slots[span]
+                _fill(kept, files, of_set[parts], ids, slots)
+                labels, names = labels_of(feed.parts, parts, ids), gather(feed.parts, parts, ids, "key")
+                yield _Travelling(slots, labels, parts, names, feed.images_seen + (number + 1) * feed.batch)
     finally:
         for one in files:
             one.__exit__()
 
 
-def _images(
-    feed: _Feed,
-    cache: _Cache | None,
-    files: list[ShardFiles],
-    from_set: np.ndarray,
-    ids: np.ndarray,
-    slots: np.ndarray | None,
-) -> np.ndarray:
-    """uint8 (b, C, H, W): out of the cache as far as they are there, else read, and then kept there."""
-    wanted, target = np.arange(len(ids)), None
-    if cache is not None and slots is not None:
-        distinct, entries = np.unique(slots, return_index=True)
-        wanted, target = entries[cache.filled[distinct] == 0], cache.images
-    if target is None:
-        target = np.empty((len(ids), *feed.parts[0].shard_set.manifest.image_shape), np.uint8)
+def _missing(kept: _Kept, slots: np.ndarray) -> np.ndarray:
+    """Which entries have to be read: those whose image is not kept yet, each image once."""
+    if kept.filled is None:
+        return np.arange(len(slots))
+    distinct, entries = np.unique(slots, return_index=True)
+    return np.sort(entries[kept.filled[distinct] == 0])
+
+
+def _fill(kept: _Kept, files: list[ShardFiles], from_set: np.ndarray, ids: np.ndarray, slots: np.ndarray) -> None:
+    """Reads and decodes what is missing of a batch."""
+    wanted = _missing(kept, slots)
     for number in np.unique(from_set[wanted]).tolist():
         entries = wanted[from_set[wanted] == number]
-        places = (entries if slots is None else slots[entries]).tolist()
-        for index, place, data in zip(ids[entries].tolist(), places, files[number].read(ids[entries]), strict=True):
-            _decode(files[number], index, data, target[place])
-            if cache is not None:
-                cache.filled[place] = 1
-    return target if slots is None else target[slots]
+        found = zip(ids[entries].tolist(), slots[entries].tolist(), files[number].read(ids[entries]), strict=True)
+        for index, slot, data in found:
+            _decode(files[number], index, data, kept.images[slot])
+            if kept.filled is not None:
+                kept.filled[slot] = 1
 
 
 def _decode(files: ShardFiles, index: int, data: bytes, out_CHW: np.ndarray) -> None:
@@ -251,12 +242,6 @@ def _decode(files: ShardFiles, index: int, data: bytes, out_CHW: np.ndarray) -> 
         raise files.damaged(index, f"{key!r}: {error}") from None
 
 
-def _in_memory(item: _Travelling) -> _Travelling:
-    """A large batch's images as a tensor, which goes to the main process through shared memory."""
-    images = item.images
-    return item._replace(images=torch.as_tensor(images)) if images.nbytes > PIPE_BYTES else item
-
-
 def _errors_as_items(items: Iterable[_Travelling]) -> Iterator[_Travelling | UserError]:
     # The loader would turn an error raised in a worker process into a page of traceback.
     try:
@@ -265,12 +250,18 @@ def _errors_as_items(items: Iterable[_Travelling]) -> Iterator[_Travelling | Use
         yield error
 
 
-def _received(items: Iterator[_Travelling | UserError]) -> Iterator[Batch]:
+def _received(items: Iterator[_Travelling | UserError], kept: _Kept, pin_memory: bool) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, UserError):
             raise item
-        images, labels, parts = map(torch.as_tensor, item[:3])
-        yield Batch(images, labels, parts, item.names, item.images_seen)
+        images = torch.from_numpy(kept.images[item.slots])
+        yield Batch(
+            images.pin_memory() if pin_memory else images,
+            torch.from_numpy(item.labels),
+            torch.from_numpy(item.parts),
+            item.names,
+            item.images_seen,
+        )
 
 
 def _unchanged(item: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,22 @@ def test_images_and_labels_are_those_of_the_keys(make_set: MakeSet) -> None:
             for image, label, key in zip(part.images, part.labels.tolist(), part.keys, strict=True):
                 assert np.array_equal(image.numpy(), picture(int(key[1:])))
                 assert label == int(key[1:]) % 5
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 20])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_stay_what_they_were_however_far_ahead_the_workers_are(make_set: MakeSet, cache: int, workers: int) -> None:
+    shard_set = make_set(60)
+    kept = []
+    for number, part in enumerate(batches(shard_set, batch=8, seed=0, cache_bytes=cache, workers=workers)):
+        kept.append(part)
+        if number % 7 == 0:
+            time.sleep(0.1)  # the workers now do all that they may do ahead
+        if number == 40:
+            break
+    for part in kept:
+        for image, key in zip(part.images, part.keys, strict=True):
+            assert np.array_equal(image.numpy(), picture(int(key[1:])))
 
 
 def test_two_ranks_get_different_samples(make_set: MakeSet) -> None:

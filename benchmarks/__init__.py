@@ -1,0 +1,1 @@
+"""What graft is measured by: each module is a program of its own, `python -m benchmarks.NAME`; `make bench` runs them all."""
