@@ -87,7 +87,9 @@ def make_plan(source: Source, options: Options, reference: float = 0.0) -> Plan:
     if splits is None:
         splits = np.zeros(count, np.uint8)
         splits[_held_out(count, reference, options.seed)] = SPLITS.index("reference")
-    order = np.argsort(np.random.PCG64(np.random.SeedSequence(options.seed)).random_raw(count), kind="stable")
+    order = np.arange(count)
+    if not source.numbered:  # what a function makes has no order to hide, and may be made many at once
+        order = np.argsort(np.random.PCG64(np.random.SeedSequence(options.seed)).random_raw(count), kind="stable")
     return Plan(options, order, splits, samples_in(options, bool(source.classes)))
 
 
