@@ -130,8 +130,9 @@ def report(run: Run) -> None:
     print(build_report(folder))
 
 
-@app.command(epilog="Example: graft sample runs/demo --out grid.png --count 64")
-def sample(run: Run, out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
+@app.command(epilog="Example: graft sample runs/demo --count 64")
+def sample(run: Run,
+           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png.")] = None,
            stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
            trial: Annotated[str | None, typer.Option(help="Id of a trial instead of a stage.")] = None,
            count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 64,
@@ -140,6 +141,7 @@ def sample(run: Run, out: Annotated[Path, typer.Option("--out", help="PNG file t
     checkpoint = _checkpoint(_existing_run(run), stage, trial)
     from training.sample import sample_grid
 
+    out = out or run / f"grid-{trial or stage}.png"
     sample_grid(checkpoint, out, count, seed)
     print(out)
 

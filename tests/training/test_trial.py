@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_shards import UserError, load_images, open_set
-from tests.toy import toy_recipe, toy_set, toy_tree
+from tests.toy import stroke_set, toy_recipe, toy_set, toy_tree
 from training import trial as trials
 from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.config import apply_overrides
