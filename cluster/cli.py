@@ -35,7 +35,7 @@ Dashboard = Annotated[str | None, typer.Option("--address", help="The cluster's 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set or manifest.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-ShardFolder = Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards.")]
+ShardFolder = Annotated[str, typer.Argument(metavar="SET", help="A folder of shards, or its URL.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, as `graft submit` printed it.")]
 
 
@@ -130,18 +130,33 @@ def report(run: Run) -> None:
     print(build_report(folder))
 
 
-@app.command(epilog="Example: graft sample runs/demo --out grid.png --count 64")
-def sample(run: Run, out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
+@app.command(epilog="Example: graft sample runs/demo --count 64; graft sample runs/demo --count 10000 --shards data/synthetic")
+def sample(run: Run,
+           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png.")] = None,
+           to_shards: Annotated[str | None, typer.Option("--shards", metavar="DST", help="Pack them as a set in this folder "
+                                                         "or store instead, with where they come from.")] = None,
            stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
            trial: Annotated[str | None, typer.Option(help="Id of a trial instead of a stage.")] = None,
            count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 64,
-           seed: Annotated[int, typer.Option(min=0, help="Seed of the latents.")] = 0) -> None:
-    """A grid of generated pictures."""
+           seed: Annotated[int, typer.Option(min=0, help="Seed of the latents.")] = 0,
+           truncation: Annotated[float | None, typer.Option(help="Cut latents off at +- this many deviations.")] = None,
+           overwrite: Overwrite = False) -> None:
+    """Generated pictures: a grid, or a set of shards that is a source like any other."""
     checkpoint = _checkpoint(_existing_run(run), stage, trial)
-    from training.sample import sample_grid
+    from data_shards.errors import UserError
+    from training.sample import sample_grid, sample_shards
 
-    sample_grid(checkpoint, out, count, seed)
-    print(out)
+    if to_shards is None:
+        out = out or run / f"grid-{trial or stage}.png"
+        sample_grid(checkpoint, out, count, seed, truncation)
+        print(out)
+        return
+    if out is not None:
+        raise UserError("--out is for a grid and --shards for a set; give one of them.")
+    with _progress("sample") as show:
+        made = sample_shards(checkpoint, to_shards, count, seed, truncation, overwrite=overwrite,
+                             progress=lambda done, total, _: show(done, total), say=print)
+    print(f"{to_shards}: {len(made)} images in {len(made.manifest.shards)} shards, made by {checkpoint}")
 
 
 # ---- shards
@@ -209,7 +224,7 @@ def index(path: ShardFolder, channels: Annotated[int, typer.Option(help="1 gray,
     """Make the manifest of WebDataset tars that another tool wrote."""
     from data_shards import index_tars
 
-    with _progress(path.name) as show:
+    with _progress(path) as show:
         made = index_tars(path, channels=channels, overwrite=overwrite, progress=show)
     print(f"{path}: {len(made)} images in {len(made.manifest.shards)} shards")
 
@@ -230,7 +245,7 @@ def verify(path: ShardFolder) -> None:
     from data_shards import verify as verify_set
 
     opened = open_set(path)
-    with _progress(path.name) as show:
+    with _progress(path) as show:
         verify_set(opened, progress=show)
     print(f"{path}: {len(opened.manifest.shards)} shards are the ones of the manifest")
 
