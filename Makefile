@@ -4,6 +4,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 MARKERS ?=
+BENCH ?= $(filter-out __init__ scale,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.graft-installed
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -14,7 +15,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench chaos docs
+.PHONY: help setup run test lint bench scale chaos docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -44,9 +45,11 @@ lint: $(STAMP)  ## ruff and mypy; nothing is changed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-bench: $(STAMP)  ## run every benchmarks/*.py
-	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "There is no benchmark in benchmarks/ yet." >&2; exit 2; }
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make bench BENCH=data chooses
+	@set -e; for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name; done
+
+scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
+	$(BIN)/python -m benchmarks.scale
 
 chaos: $(STAMP)  ## kill a small run in pretraining and in the fan-out, and compare it with one that was not killed
 	$(BIN)/python -m pytest tests/cluster/test_run.py
