@@ -103,7 +103,7 @@ def test_damage_beside_the_shards_is_noticed(make_set: MakeSet, name: str) -> No
     path = shard_set.path / name
     original, rng = path.read_bytes(), np.random.default_rng(1)
     for number in range(60):
-        damaged = (flip if number % 4 else truncate)(original, rng)
+        damaged = (flip if number % 4 else truncate)(original, b"", rng)
         path.write_bytes(damaged)
         try:
             opened = open_set(shard_set.path)
