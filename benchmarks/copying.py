@@ -1,6 +1,6 @@
 """Does the copy rate rise where a generator is trained until it copies? Full fine-tuning on 10 images for ever more steps.
 
-    python benchmarks/copying.py [OUT]      # runs/copying; about 5 minutes on 2 cores, and goes on from where it was
+    python benchmarks/copying.py [OUT]      # runs/copying; some minutes on 2 cores, and goes on from where it was
 
 The demo's networks, pretrained on 40,960 drawings, then batch 16, lr 1e-3, r1 = r2 = 1, seed 1, one trial for each budget.
 """
