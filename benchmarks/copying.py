@@ -1,6 +1,6 @@
 """Does the copy rate rise where a generator is trained until it copies? Full fine-tuning on 10 images for ever more steps.
 
-    python benchmarks/copying.py [OUT]      # runs/copying; about 5 minutes on 2 cores, and goes on from where it was
+    python -m benchmarks.copying [OUT]      # runs/copying; some minutes on 2 cores, and goes on from where it was
 
 The demo's networks, pretrained on 40,960 drawings, then batch 16, lr 1e-3, r1 = r2 = 1, seed 1, one trial for each budget.
 """
@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from cluster.recipe import Recipe
-from cluster.run import _encoder, ready_sets, set_path
+from cluster.run import _encoder, ready_sets
 from training.checkpoint import checkpoint_hash
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import read_recipe
+from training.source import set_place
 from training.trial import Trial, run_trial
 from training.world import World
 
@@ -30,7 +31,7 @@ def main(out: Path) -> None:
     _encoder(recipe, source, out)
     print(f"{'domain':8} {'steps':>5} {'KID':>6} {'coverage':>8} {'copies':>7} {'AuthPct':>7}  disqualified")
     for target in [t for t in recipe.fanout.targets if t.domain in ("sun", "mnist-3")]:
-        trial = Trial(target.domain, str(set_path(recipe, target.set)), "finetune", 1, "final", "pretrain", str(start),
+        trial = Trial(target.domain, set_place(recipe.data, target.set), "finetune", 1, "final", "pretrain", str(start),
                       checkpoint_hash(start))
         for steps in STEPS:
             images = 16 * steps

@@ -148,8 +148,9 @@ def is_copier(copy_rate: float, n_fake: int, *, max_rate: float = MAX_COPY_RATE)
     A copier is a method whose copy rate exceeds `max_rate` by more than chance over `n_fake` images allows: the lower
     end of the one-sided 99.9 % Clopper-Pearson interval lies above it. A quarter is five times what real images score:
     of 400 simulated sets of 500 held-out reals none was caught, at 5 to 25 support and 10 to 40 held-back images, and
-    of 240 sets of real drawings (10 + 40, features and pixels) none; copies of drawings that were exact, shifted 2 px,
-    blurred, noised (sd 24 of 255) or at half contrast were caught in all of 30 cases, blends of two of them in 27.
+    of 240 sets of 50 real drawings, judged as 300 (10 + 40, features and pixels), none; copies of drawings that were
+    exact, shifted 2 px, blurred, noised (sd 24 of 255) or at half contrast were caught in all of 30 cases, blends of
+    two of them in 27.
 
     Args:
         copy_rate: in [0, 1].

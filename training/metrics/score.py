@@ -14,6 +14,7 @@ from training.metrics.likeness import Pictures
 from training.metrics.prdc import precision_recall_density_coverage
 
 FID_NET = "inception"
+SCORES_VERSION = 2  # goes up when a score of the same images changes: scores of two versions are in no one table
 
 
 def score(
@@ -75,6 +76,7 @@ def contract(net: FeatureNet, reference_hash: str, n_fake: int, n_reference: int
         "n_fake": n_fake,
         "n_reference": n_reference,
         "reference_hash": reference_hash,
+        "scores_version": SCORES_VERSION,
         "graft_version": version,
     }
 
