@@ -12,7 +12,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_shards import Sample, UserError, info, load_images, open_set, pack_source, pack_images, verify
+from data_shards import Sample, UserError, info, load_images, open_set, pack_images, pack_source, verify
 from data_shards.images import decode_image, encode_png, fit_image
 from data_shards.packing import place
 from tests.data_shards.conftest import MakeSet, picture

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data_shards import Sample, ShardSet, UserError, open_set, pack_arrays, pack_images, pack_source, verify
+from data_shards.files import write_bytes
 from data_shards.packing import finish, place
 from tests.data_shards.conftest import picture
 from tests.data_shards.test_pack import folder_of
@@ -36,7 +37,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def pack_drawings(out: Path, make: Any = drawing, **options: Any) -> ShardSet:
-    defaults: dict[str, Any] = {"name": "d", "shape": (1, 8, 8), "identity": "1", "classes": ("a", "b", "c"), "shard_samples": 10}
+    defaults: dict[str, Any] = {"name": "d", "shape": (1, 8, 8), "identity": "1", "classes": "abc", "shard_samples": 10}
     return pack_arrays(make, 100, out, **{**defaults, **options})
 
 
@@ -144,8 +145,8 @@ def test_a_kill_while_copies_are_taken_out_does_no_harm(tmp_path: Path, monkeypa
     assert len(whole) == 23 and whole.manifest.duplicates == 17
     assert [shard.name for shard in whole.manifest.shards] == [f"shard-{i:06d}.tar" for i in range(len(whole.manifest.shards))]
     verify(whole)
-    original, unlink = place.write_bytes, Path.unlink
-    for step in range(0, 60, 3):
+    original, unlink = write_bytes, Path.unlink
+    for step in (0, 1, 8, 12, 19, 23, 26, 29, 32):
         left = [step]
 
         def count(*arguments: Any, left: list[int] = left, call: Any = original) -> None:
@@ -159,9 +160,9 @@ def test_a_kill_while_copies_are_taken_out_does_no_harm(tmp_path: Path, monkeypa
 
         out = tmp_path / f"out-{step}"
         with monkeypatch.context() as patched:
-            patched.setattr(place, "write_bytes", count)
+            patched.setattr("data_shards.packing.place.write_bytes", count)
             patched.setattr(finish, "write_set", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            patched.setattr(place.Path, "unlink", remove)
+            patched.setattr(Path, "unlink", remove)
             with pytest.raises(KeyboardInterrupt):
                 pack(out)
         assert not out.exists()
