@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 from functools import cache
@@ -254,5 +255,6 @@ def _to_array(image: Image.Image) -> np.ndarray:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    # Pillow names the object it read from, with its address: no two runs would say the same.
+    text = " ".join(re.sub(r"<_io\.BytesIO[^>]*>", "", str(error)).split()) or type(error).__name__
     return text[:200]

@@ -128,6 +128,8 @@ def resume(place: Place, identity: str, shards: int, say: Say) -> dict[int, Reco
     before = _read_work(place, JOB)
     if before is not None and identity and json.loads(before).get("identity") == identity:
         found = {number: record for number in range(shards) if (record := _read_record(place, number))}
+        if not place.url:
+            _clear(place.folder, {place.work.name, *(record.name for record in found.values())})
         say(f"going on with an unfinished pack: {len(found)} of {shards} shards are there")
         return found
     if before is not None:
@@ -136,13 +138,17 @@ def resume(place: Place, identity: str, shards: int, say: Say) -> dict[int, Reco
         for name in sorted(place.store.names()):  # only an attempt of ours lets it come to this
             place.store.remove(name)
     else:
-        for entry in place.folder.iterdir():
-            if entry != place.work:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _clear(place.folder, {place.work.name})
         for entry in place.work.glob("*.record"):
             entry.unlink()
     _write_work(place, JOB, json.dumps({"identity": identity}).encode())
     return {}
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in keep:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def save(place: Place, number: int, record: Record, tar: Path | None) -> None:

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from data_shards.errors import UserError
@@ -36,41 +38,53 @@ def over_processes(work: Work, tasks: Iterable[Any], processes: int, tick: Tick)
         for task in tasks:
             yield work(task, tick)
         return
+    remaining = iter(tasks)
+    first = next(remaining, None)
+    if first is None:
+        return
+    _check_portable(work, first)
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    counter = context.Array("Q", 2)
+    counter = context.Array("Q", 3)
+    shared = counter.get_obj()  # without the lock, which a killed process may hold
     pool = ProcessPoolExecutor(processes, context, _begin, (os.getpid(), counter))
     seen, waiting = (0, 0), set[Future[Any]]()
-    remaining = iter(tasks)
+    remaining = chain([first], remaining)
     try:
-        with warnings.catch_warnings():
-            # Forking beside threads: the worker uses no lock that one of them may hold.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            while True:
-                while len(waiting) < AHEAD * processes and (task := next(remaining, None)) is not None:
+        while True:
+            while len(waiting) < AHEAD * processes and (task := next(remaining, None)) is not None:
+                with warnings.catch_warnings():
+                    # Forking beside threads: the worker uses no lock that one of them may hold.
+                    warnings.simplefilter("ignore", DeprecationWarning)
                     waiting.add(pool.submit(_run, work, task))
-                if not waiting:
-                    break
-                done, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
-                images, size = counter[:]
-                tick(images - seen[0], size - seen[1])
-                seen = images, size
-                for future in done:
-                    yield future.result()
+            if not waiting:
+                break
+            done, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
+            images, size, _ = shared[:]
+            tick(images - seen[0], size - seen[1])
+            seen = images, size
+            for future in done:
+                yield future.result()
     except BrokenProcessPool:
         raise UserError(
             "a process that packed was killed, perhaps for want of memory; the same command with fewer --processes goes on"
             " from the finished shards"
         ) from None
-    except UserError:
-        raise
-    except Exception as error:
-        if "pickl" not in f"{type(error).__name__} {error}".lower():
-            raise
-        raise UserError(f"this source cannot go to other processes ({error}); pack it with processes=1") from None
     finally:
-        for future in waiting:
-            future.cancel()
+        shared[2] = 1  # whoever left early does not wait for whole shards
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """The parent no longer wants what this worker is at."""
+
+
+def _check_portable(work: Work, task: Any) -> None:
+    """Raises `UserError` for what cannot go to another process; a pool would hang on it."""
+    try:
+        ForkingPickler.dumps((work, task))
+    except Exception as error:  # pickling runs whatever the source holds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"this source cannot go to other processes ({reason}); pack it with processes=1") from None
 
 
 def _begin(parent: int, counter: Any) -> None:
@@ -95,5 +109,7 @@ def _run(work: Work, task: Any) -> Any:
 
 def _count(images: int, size: int) -> None:
     with _counts.get_lock():
+        if _counts[2]:
+            raise _Stopped
         _counts[0] += images
         _counts[1] += size

@@ -64,10 +64,9 @@ def open_source(path: Path, options: Options, kind: str | None = None) -> Source
     except MemoryError:
         raise UserError(f"{path} needs more memory to be read than there is; unpack it yourself and give the folder") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); check it and its permissions") from None
+        raise UserError(f"{path} cannot be read ({error.strerror or _one_line(error)}); check it and its permissions") from None
     except _DAMAGE as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} cannot be read as {kind} ({reason}); make it anew") from None
+        raise UserError(f"{path} cannot be read as {kind} ({_one_line(error)}); make it anew") from None
 
 
 def detect(path: Path) -> str:
@@ -95,3 +94,7 @@ def _open_parquet(path: Path, options: Options) -> Source:
     from data_shards.sources import parquet  # pyarrow takes a while to import
 
     return parquet.open_parquet(path, options.image_column, options.label_column)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -134,7 +134,12 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], np.dtype,
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise UserError(f"{path} is of the npy version {version}, which is not read; save it anew with numpy.save")
-    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+    try:
+        shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # numpy parses the header as Python's tokenizer does, with all of its errors
+        raise ValueError(f"its header is damaged: {error}") from None
     if dtype.hasobject:
         raise UserError(f"{path} holds Python objects, which are not read from a file; save plain uint8 and integer arrays")
     if fortran and len(shape) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 
@@ -36,11 +36,12 @@ def from_names(names: Sequence[str], table: Iterable[str] | None, where: str) ->
     return _named(name.split("/", 1)[0] for name in names)
 
 
-def without_wrapper(names: Sequence[str]) -> str:
-    """The one folder, as "name/", that holds all there is in an archive and subfolders of its own; "" if there is none."""
+def without_wrapper(names: Sequence[str], tables: Container[str]) -> str:
+    """The one folder, as "name/", that holds all there is in an archive, with subfolders or a labels.csv (among `tables`) of
+    its own; "" if there is none."""
     head = names[0].split("/", 1)[0] + "/"
-    wrapped = all(name.startswith(head) for name in names) and any("/" in name[len(head) :] for name in names)
-    return head if wrapped else ""
+    wrapped = all(name.startswith(head) for name in names)
+    return head if wrapped and (head + LABELS in tables or any("/" in name[len(head) :] for name in names)) else ""
 
 
 def from_values(found: Sequence[int | str | None], where: str) -> Labels:

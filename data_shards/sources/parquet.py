@@ -145,7 +145,7 @@ def _open(path: Path) -> Any:
     try:
         return pq.ParquetFile(
             path, thrift_string_size_limit=THRIFT_BYTES, thrift_container_size_limit=THRIFT_ITEMS, buffer_size=1 << 20,
-            pre_buffer=False,
+            pre_buffer=False, page_checksum_verification=True,
         )
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({' '.join(str(error).split())[:200]}); write it anew") from None

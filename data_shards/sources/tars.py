@@ -61,8 +61,8 @@ def open_tar(path: Path, scratch: Path, image_column: str | None = None) -> Sour
     names = [name for name, _, _ in pictures]
     if repeated := next((name for name, after in pairwise(names) if name == after), None):
         raise UserError(f"{path} holds {repeated!r} twice; make the archive anew")
-    head = without_wrapper(names)
-    table = {name: (offset, size) for name, offset, size in found if name in (LABELS, head + LABELS)}
+    table = {name: (offset, size) for name, offset, size in found if name.rpartition("/")[2] == LABELS}
+    head = without_wrapper(names, table)
     place = table.get(head + LABELS, table.get(LABELS))
     lines = None if place is None else io.StringIO(_text(plain, *place, MAX_TABLE, path), newline="")
     labels, classes = from_names([name[len(head) :] for name in names], lines, str(path))

@@ -87,7 +87,7 @@ def open_zip(path: Path) -> Source:
     names, table = [names[index] for index in order], table[order]
     if repeated := next((name for name, after in pairwise(names) if name == after), None):
         raise UserError(f"{path} holds {repeated!r} twice; make the archive anew")
-    head = without_wrapper(names)
+    head = without_wrapper(names, lists)
     rows = lists.get(f"{head}{LABELS}", lists.get(LABELS))
     labels, classes = from_names([name[len(head) :] for name in names], None if rows is None else _lines(path, rows), str(path))
     digest = hashlib.sha256(f"{stamp(path)} {len(names)}".encode() + labels.tobytes()).hexdigest()
@@ -105,11 +105,10 @@ def _directory(path: Path) -> tuple[list[str], np.ndarray, dict[str, np.ndarray]
     with zipfile.ZipFile(path) as archive:
         table = np.empty((len(archive.infolist()), 5), np.int64)
         for member in archive.infolist():
-            wanted = is_picture(member.filename)
-            listing = member.filename.rpartition("/")[2] == LABELS
-            if member.is_dir() or not (wanted or listing):
-                continue
             name = check_name(member.filename, path)
+            listing = name.rpartition("/")[2] == LABELS
+            if member.is_dir() or not (listing or is_picture(name)):
+                continue
             if member.flag_bits & 0x41:
                 raise UserError(f"{path} is encrypted ({name!r}); unpack it with its password and give the folder")
             if member.external_attr >> 16 & 0o170000 not in (0, 0o100000):
