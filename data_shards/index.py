@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,21 +16,24 @@ from data_shards.files import hash_file
 from data_shards.images import MAX_BYTES, SUFFIXES, decode_image
 from data_shards.manifest import (
     MANIFEST,
+    PART_BYTES,
     Manifest,
     Shard,
     ShardSet,
     as_columns,
     open_set,
+    put_set,
     write_set,
 )
-from data_shards.tarfiles import Member, check_key, damaged, file_size, local_path, members
+from data_shards.stores import Store, open_store
+from data_shards.tarfiles import Member, check_key, damaged, file_size, members
 
 MAX_LABEL_BYTES = 64 * 1024
 MAX_CLASSES = 100_000
 
 
 def index_tars(
-    folder: str | os.PathLike[str],
+    place: str | os.PathLike[str],
     *,
     channels: int = 3,
     name: str | None = None,
@@ -37,7 +42,8 @@ def index_tars(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardSet:
-    """Makes `manifest.json` and `samples.npy` for the plain `*.tar` files in `folder`, all in the split "train".
+    """Makes `manifest.json` and `samples/` for the plain `*.tar` files at `place`, a folder or an object store's URL, all
+    in the split "train".
 
     A sample is one image (.png .jpg .jpeg .webp) and at most one label: an integer in `.cls`, or "label" (integer or
     name) in `.json`. Every image is decoded once, and all must have one size. `progress(done, total)` counts shards.
@@ -45,26 +51,28 @@ def index_tars(
     Raises `UserError` for a missing folder, no tar, an existing manifest (without `overwrite`), any other member,
     unsafe or duplicate keys, links, unlike image sizes; `DamagedShard` for damaged or cut tars.
     """
-    root = local_path(folder)
-    if not root.is_dir():
+    store = open_store(place)
+    root = store.name
+    if store.local is not None and not store.local.is_dir():
         raise UserError(f"there is no folder {root}; give the folder that holds the tars")
-    paths = sorted(path for path in root.iterdir() if path.name.endswith(".tar") and not path.name.startswith("."))
-    if not paths:
-        raise UserError(f"folder {root} holds no .tar file; `graft shards pack` makes shards from images")
-    if (root / MANIFEST).exists() and not overwrite:
-        raise UserError(f"{root / MANIFEST} exists already; make it anew with --overwrite")
+    listed = [file for file in store.names() if file.endswith(".tar") and "/" not in file]
+    if not listed:
+        raise UserError(f"{root} holds no .tar file; `graft shards pack` makes shards from images")
+    if store.exists(MANIFEST) and not overwrite:
+        raise UserError(f"{store.where(MANIFEST)} exists already; make it anew with --overwrite")
     shards: list[Shard] = []
     rows: list[list[Any]] = []
     shapes: dict[tuple[int, ...], str] = {}
-    for number, path in enumerate(paths):
-        found = _index_tar(path, channels, shapes)
-        try:
-            shards.append(Shard(name=path.name, size=file_size(path), sha256=hash_file(path), samples=len(found)))
-        except ValueError:
-            raise UserError(f"shard {path} has an unsafe name or no sample; rename or remove it") from None
+    for number, file in enumerate(listed):
+        with _at_hand(store, file) as path:
+            found = _index_tar(path, channels, shapes)
+            try:
+                shards.append(Shard(name=file, size=file_size(path), sha256=hash_file(path), samples=len(found)))
+            except ValueError:
+                raise UserError(f"shard {path} has an unsafe name or no sample; rename or remove it") from None
         rows += found
         if progress:
-            progress(number + 1, len(paths))
+            progress(number + 1, len(listed))
     copies = {shard.sha256: shard.name for shard in shards}
     for shard in shards:
         if copies[shard.sha256] != shard.name:
@@ -79,7 +87,7 @@ def index_tars(
     )
     shape = next(iter(shapes))
     manifest = Manifest(
-        name=name or root.resolve().name,
+        name=name or (store.local.resolve().name if store.local else root.rpartition("/")[2]),
         image_shape=(shape[0], shape[1], shape[2]),
         classes=classes,
         licence=licence,
@@ -88,8 +96,26 @@ def index_tars(
         suffixes=tuple(suffixes),
         shards=tuple(shards),
     )
-    write_set(root, manifest, table)
-    return open_set(root)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = store.local or Path(scratch)
+        write_set(folder, manifest, table)
+        if store.local is None:
+            put_set(folder, store)
+    return open_set(place)
+
+
+@contextmanager
+def _at_hand(store: Store, name: str) -> Iterator[Path]:
+    """A shard as a file on this machine, for as long as the block lasts."""
+    if store.local is not None:
+        yield store.local / name
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        path, size = Path(scratch) / name, store.size(name)
+        with path.open("wb") as file:
+            for start in range(0, size, PART_BYTES):
+                file.write(store.read(name, start, min(size, start + PART_BYTES)))
+        yield path
 
 
 def _index_tar(path: Path, channels: int, shapes: dict[tuple[int, ...], str]) -> list[list[Any]]:
@@ -164,7 +190,7 @@ def _label(path: Path, file: BinaryIO, member: Member, suffix: str) -> int | str
     return None if label == -1 else label
 
 
-def _number_labels(found: list[int | str | None], root: Path) -> tuple[list[int], tuple[str, ...]]:
+def _number_labels(found: list[int | str | None], root: str) -> tuple[list[int], tuple[str, ...]]:
     kinds = {type(label) for label in found if label is not None}
     if len(kinds) > 1:
         raise UserError(f"labels in {root} are partly numbers and partly names; use one kind")

@@ -20,16 +20,19 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_shards.cache import cached_file
 from data_shards.errors import DamagedShard, UserError
 from data_shards.files import hash_file, sync, write_json
 from data_shards.images import MAX_BYTES, check_shape
-from data_shards.tarfiles import damaged, file_size, local_path
+from data_shards.stores import Store, open_store
+from data_shards.tarfiles import damaged, file_size
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SAMPLES = "samples"
 SPLITS = ("train", "reference")
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+PART_BYTES = 8 * 1024 * 1024  # of a shard, in one request
 
 COLUMNS: dict[str, str] = {
     "offset": "<u8",  # of the image's bytes in its shard
@@ -92,15 +95,27 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened set: its folder and its manifest. Columns of the samples are mapped into memory on first use."""
+    """An opened set: where it lies and its manifest. Columns of the samples are mapped into memory on first use."""
 
-    path: Path
+    store: Store
     manifest: Manifest
+
+    @property
+    def place(self) -> str:
+        """The set's folder as a path or URL."""
+        return self.store.name
+
+    @property
+    def path(self) -> Path:
+        """The set's folder on this machine; raises `UserError` if it lies elsewhere."""
+        if self.store.local is None:
+            raise UserError(f"set {self.place} does not lie on this machine; copy it to a folder first")
+        return self.store.local
 
     @cached_property
     def samples(self) -> Mapping[str, np.ndarray]:
         """Column name (see `COLUMNS`) -> read-only array (N,), checked against its hash when it is first asked for."""
-        return _Columns(self.path, self.manifest)
+        return _Columns(self.store, self.manifest)
 
     @cached_property
     def bounds(self) -> np.ndarray:
@@ -112,7 +127,7 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be pickled as a full copy into every loader process.
-        return {"path": self.path, "manifest": self.manifest}
+        return {"store": self.store, "manifest": self.manifest}
 
     def indices(self, split: str = "train", label: int | str | None = None) -> np.ndarray:
         """Returns the sample ids of a split, int64 ascending, optionally of one class (index or name).
@@ -150,8 +165,8 @@ class ShardSet:
 class _Columns(Mapping[str, np.ndarray]):
     """The files of `samples/`, each opened and checked once, when it is first asked for."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store, self.manifest = store, manifest
         self.loaded: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -168,19 +183,15 @@ class _Columns(Mapping[str, np.ndarray]):
         return len(COLUMNS)
 
     def _load(self, name: str) -> np.ndarray:
-        manifest, path = self.manifest, self.folder / SAMPLES / f"{name}.npy"
-        remedy = f"run `graft shards index {self.folder}`, or fetch or pack the set again"
+        manifest, column, file = self.manifest, self.manifest.columns[name], f"{SAMPLES}/{name}.npy"
+        path = cached_file(self.store, file, column.sha256, column.size)
         try:
-            if hash_file(path) != manifest.columns[name].sha256:
-                raise UserError(f"{path} is not the file its manifest describes; {remedy}")
             rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+            raise UserError(f"{self.store.where(file)} cannot be read ({error}); {_remedy(self.store)}") from None
         kind = rows.dtype.kind == "S" if name == "key" else rows.dtype.str == COLUMNS[name]
         if not kind or rows.shape != (sum(shard.samples for shard in manifest.shards),) or not _sound(name, rows, manifest):
-            raise UserError(f"{path} and its manifest do not agree; {remedy}")
+            raise UserError(f"{self.store.where(file)} and its manifest do not agree; {_remedy(self.store)}")
         return rows
 
 
@@ -201,24 +212,29 @@ def _sound(name: str, rows: np.ndarray, manifest: Manifest) -> bool:
     return True
 
 
-def open_set(path: str | os.PathLike[str]) -> ShardSet:
-    """Opens the set in folder `path` and checks what is cheap to check: the manifest's own hash, and that every shard and
-    column is there in its size. Columns are hashed when they are first used, shards by `verify`.
+def open_set(place: str | os.PathLike[str]) -> ShardSet:
+    """Opens the set at `place`, a folder or a URL (`stores.open_store`), and checks what is cheap to check: the manifest's
+    own hash and, on this machine, that every shard and column is there in its size. Columns are hashed when they are
+    first used, shards by `verify`.
 
     Raises `UserError` naming the remedy if the folder or its manifest is missing or does not hold together, and
     `DamagedShard` naming the shard.
     """
-    folder = local_path(path)
-    if not folder.is_dir():
+    store = open_store(place)
+    if store.local is not None and not store.local.is_dir():
         raise UserError(
-            f"there is no folder of shards at {folder}; run `graft shards fetch NAME` or `graft shards pack SRC --out"
-            f" {folder}`"
+            f"there is no folder of shards at {place}; run `graft shards fetch NAME` or `graft shards pack SRC --out"
+            f" {place}`"
         )
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"folder {folder} holds no {MANIFEST}; run `graft shards index {folder}` to make one for its tars"
-        )
-    manifest = _read_manifest(folder / MANIFEST)
+    if not store.exists(MANIFEST):
+        raise UserError(f"{place} holds no {MANIFEST}; run `graft shards index {place}` to make one for its tars")
+    manifest = _read_manifest(store)
+    if store.local is not None:
+        _check_sizes(store.local, manifest)
+    return ShardSet(store, manifest)
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, column in manifest.columns.items():
         file = folder / SAMPLES / f"{name}.npy"
         if not file.is_file() or file.stat().st_size != column.size:
@@ -231,7 +247,6 @@ def open_set(path: str | os.PathLike[str]) -> ShardSet:
         if size != shard.size:
             reason = f"it has {size} bytes where the manifest says {shard.size}"
             raise damaged(folder / shard.name, min(size, shard.size), reason)
-    return ShardSet(folder, manifest)
 
 
 def info(shard_set: ShardSet) -> dict[str, Any]:
@@ -241,7 +256,7 @@ def info(shard_set: ShardSet) -> dict[str, Any]:
     labels = np.bincount(shard_set.samples["label"] + 1, minlength=1 + len(manifest.classes))
     return {
         **data,
-        "path": str(shard_set.path),
+        "place": shard_set.place,
         "samples": len(shard_set),
         "shards": len(manifest.shards),
         "bytes": sum(shard.size for shard in manifest.shards),
@@ -255,16 +270,27 @@ def verify(shard_set: ShardSet, progress: Callable[[int, int], None] | None = No
 
     Raises `DamagedShard` naming the first shard whose bytes are not those of the manifest.
     """
-    shards = shard_set.manifest.shards
+    store, shards = shard_set.store, shard_set.manifest.shards
     for number, shard in enumerate(shards):
-        path = shard_set.path / shard.name
-        if file_size(path) != shard.size or hash_file(path) != shard.sha256:
-            raise DamagedShard(f"shard {path} does not have the sha256 of its manifest; fetch or pack the set again")
+        if _hash(store, shard) != shard.sha256:
+            raise DamagedShard(
+                f"shard {store.where(shard.name)} does not have the sha256 of its manifest; fetch or pack the set again"
+            )
         if progress:
             progress(number + 1, len(shards))
-    fresh = ShardSet(shard_set.path, shard_set.manifest)
+    fresh = ShardSet(store, shard_set.manifest)
     for name in COLUMNS:
         fresh.samples[name]
+
+
+def _hash(store: Store, shard: Shard) -> str:
+    if store.local is not None:
+        file_size(store.local / shard.name)  # a pipe in its place would be read for ever
+        return hash_file(store.local / shard.name)
+    digest = hashlib.sha256()
+    for start in range(0, shard.size + 1, PART_BYTES):  # a byte more than there should be, to see that there is none
+        digest.update(store.read(shard.name, start, min(start + PART_BYTES, shard.size + 1)))
+    return digest.hexdigest()
 
 
 def write_set(folder: Path, manifest: Manifest, rows: Mapping[str, np.ndarray]) -> Manifest:
@@ -286,6 +312,13 @@ def write_set(folder: Path, manifest: Manifest, rows: Mapping[str, np.ndarray]) 
     return manifest
 
 
+def put_set(folder: Path, store: Store) -> None:
+    """Copies what `write_set` wrote to `folder` into `store`, the manifest last: a set is there when its manifest is."""
+    for name in COLUMNS:
+        store.put(folder / SAMPLES / f"{name}.npy", f"{SAMPLES}/{name}.npy")
+    store.put(folder / MANIFEST, MANIFEST)
+
+
 def as_columns(rows: Sequence[tuple[Any, ...]]) -> dict[str, np.ndarray]:
     """Rows of values in the order of `COLUMNS` -> one array per column."""
     values = list(zip(*rows, strict=True))
@@ -293,28 +326,32 @@ def as_columns(rows: Sequence[tuple[Any, ...]]) -> dict[str, np.ndarray]:
             for name, column in zip(COLUMNS, values, strict=True)}
 
 
-def _read_manifest(path: Path) -> Manifest:
-    remedy = f"run `graft shards index {path.parent}`, or fetch or pack the set again"
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise UserError(f"{path} has over {MAX_MANIFEST_BYTES} bytes and is no manifest; {remedy}")
+def _remedy(store: Store) -> str:
+    return f"run `graft shards index {store.name}`, or fetch or pack the set again"
+
+
+def _read_manifest(store: Store) -> Manifest:
+    where, remedy = store.where(MANIFEST), _remedy(store)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(store.read(MANIFEST, cap=MAX_MANIFEST_BYTES))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); {remedy}") from None
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} is not JSON ({error}); {remedy}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {version}, and this graft reads up to {SCHEMA_VERSION}; update graft")
+        raise UserError(f"{where} has schema version {version}, and this graft reads up to {SCHEMA_VERSION}; update graft")
     if isinstance(version, int) and version < SCHEMA_VERSION:
-        raise UserError(f"{path} has schema version {version}, which this graft no longer reads; {remedy}")
+        raise UserError(f"{where} has schema version {version}, which this graft no longer reads; {remedy}")
     try:
         manifest = Manifest.model_validate(data)
         check_shape(manifest.image_shape)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is no manifest: {where or 'it'}: {first['msg']}; {remedy}") from None
+        raise UserError(f"{where} is no manifest: {where or 'it'}: {first['msg']}; {remedy}") from None
     if manifest.sha256 != manifest.content_hash():
-        raise UserError(f"{path} was changed after it was written, its hash does not hold; {remedy}")
+        raise UserError(f"{where} was changed after it was written, its hash does not hold; {remedy}")
     sound = (
         manifest.columns.keys() == COLUMNS.keys()
         and manifest.splits.keys() == set(SPLITS)
@@ -322,5 +359,5 @@ def _read_manifest(path: Path) -> Manifest:
         and sum(manifest.splits.values()) == sum(shard.samples for shard in manifest.shards)
     )
     if not sound:
-        raise UserError(f"{path} does not hold together (columns, splits or shards); {remedy}")
+        raise UserError(f"{where} does not hold together (columns, splits or shards); {remedy}")
     return manifest

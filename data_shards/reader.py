@@ -1,6 +1,6 @@
 """Shards to batches, through webdataset, in the order that `order.py` defines.
 
-webdataset gets a source of raw batches and explicit stages; its URL opener, its splitters and its default decoder are
+webdataset gets a source of batches and explicit stages; its URL opener, its splitters and its default decoder are
 not used, because they run commands and pickles out of shards and drop samples without a word.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from data_shards.manifest import ShardSet
 from data_shards.order import STREAMS, WINDOW, Mixture, check_world, locate, make_order, mix, positions
 from data_shards.parts import Part, check_shapes, chosen_ids, distinct_sets, gather, labels_of, set_numbers
 from data_shards.shard_files import ShardFiles
-from data_shards.tarfiles import damaged
 
 CACHE_BYTES = 256 * 1024 * 1024
 AHEAD = 2  # batches that each worker may be ahead
@@ -87,8 +86,8 @@ def batches(
     store = _Store(total if cached else (AHEAD + 1) * max(1, workers) * batch // world, shape, cached)
     feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_raw_batches, feed, store),
-        wds.map(partial(_decoded, feed, store)),
+        partial(_groups, feed, store),
+        partial(_filled, feed, store),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -120,7 +119,7 @@ def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tup
         for begin in range(0, len(ids), GROUP):
             group = places[begin : begin + GROUP]
             for place, index, data in zip(group, ids[group].tolist(), files.read(ids[group]), strict=True):
-                _decode(shard_set, index, data, images[place])
+                _decode(files, index, data, images[place])
     return torch.from_numpy(images), torch.from_numpy(shard_set.samples["label"][ids].astype(np.int64))
 
 
@@ -149,85 +148,99 @@ class _Store:
         # Set after the image is whole. Two workers may decode the same one; both write the same bytes.
         self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8) if cached else None
 
+    def missing(self, slots: np.ndarray) -> np.ndarray:
+        """Which entries of `slots` are to be decoded, each slot once."""
+        if self.filled is None:
+            return np.arange(len(slots))
+        distinct, entries = np.unique(slots, return_index=True)
+        return entries[self.filled[distinct] == 0]
+
 
 @dataclass
-class _Raw:
-    """A batch before decoding: where each image belongs in the store, and the bytes of those not there yet."""
+class _Group:
+    """Batches one after the other, before reading: for each image its part, its sample id, and its slot in the store."""
 
-    number: int
+    numbers: range
     parts: np.ndarray
     ids: np.ndarray
     slots: np.ndarray
-    wanted: np.ndarray  # entries of the batch whose bytes follow
-    data: list[bytes]
 
 
-def _raw_batches(feed: _Feed, store: _Store) -> Iterator[_Raw]:
-    """The source: worker w of n makes the whole batches w, w + n, ..., which the loader takes in turn."""
+class _Travelling(NamedTuple):
+    """A batch on its way between processes; its images are in the store."""
+
+    slots: np.ndarray
+    labels: np.ndarray
+    parts: np.ndarray
+    names: np.ndarray
+    images_seen: int
+
+
+def _groups(feed: _Feed, store: _Store) -> Iterator[_Group]:
+    """The source: the batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which
+    the loader takes in turn.
+    """
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+    orders, local = feed.mixture.orders, feed.batch // feed.world
+    bases = np.cumsum([0, *(len(order.ids) for order in orders)])
+    at_once = max(1, min(GROUP, int(bases[-1])) // local)
+    for begin in count(first, step * at_once):
+        numbers = range(begin, begin + step * at_once, step)
+        where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
+        parts, ids = locate(feed.mixture, np.concatenate(where))
+        if store.filled is None:
+            slots = np.concatenate([n * local + np.arange(local) for n in numbers]) % len(store.images)
+        else:
+            slots = np.empty(len(ids), np.int64)
+            for part in np.unique(parts):
+                mask = parts == part
+                slots[mask] = bases[part] + np.searchsorted(orders[part].ids, ids[mask])
+        yield _Group(numbers, parts, ids, slots)
+
+
+def _filled(feed: _Feed, store: _Store, groups: Iterator[_Group]) -> Iterator[_Travelling]:
+    """Reads the images of one batch after the other into the store. While one group is read, the next is being fetched."""
+    files, of_set = [ShardFiles(one) for one in distinct_sets(feed.parts)], set_numbers(feed.parts)
     local = feed.batch // feed.world
-    at_once = max(1, GROUP // local)
-    sets = distinct_sets(feed.parts)
-    files, of_set = [ShardFiles(one) for one in sets], set_numbers(feed.parts)
-    bases = np.cumsum([0, *(len(order.ids) for order in feed.mixture.orders)])
+    coming = next(groups)
     try:
-        for begin in count(first, step * at_once):
-            numbers = range(begin, begin + step * at_once, step)
-            where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
-            parts, ids = locate(feed.mixture, np.concatenate(where))
-            if store.filled is None:
-                slots = np.concatenate([np.arange(local) + n * local for n in numbers]) % len(store.images)
-            else:
-                slots = np.empty(len(ids), np.int64)
-                for part in np.unique(parts):
-                    mask = parts == part
-                    slots[mask] = bases[part] + np.searchsorted(feed.mixture.orders[part].ids, ids[mask])
-            for place, number in enumerate(numbers):
+        while True:
+            group, coming = coming, next(groups)
+            wanted = np.sort(store.missing(coming.slots))
+            for number, one in enumerate(files):
+                one.prefetch(coming.ids[wanted[of_set[coming.parts[wanted]] == number]])
+            for place, number in enumerate(group.numbers):
                 span = slice(place * local, (place + 1) * local)
-                inner, wanted = slots[span], np.arange(local)
-                if store.filled is not None:
-                    fresh, entries = np.unique(inner, return_index=True)
-                    wanted = entries[store.filled[fresh] == 0]
-                data: list[bytes] = [b""] * len(wanted)
-                from_set, from_id = of_set[parts[span][wanted]], ids[span][wanted]
-                for number_of_set in np.unique(from_set).tolist():
-                    entries = np.flatnonzero(from_set == number_of_set)
-                    for entry, found in zip(entries.tolist(), files[number_of_set].read(from_id[entries]), strict=True):
-                        data[entry] = found
-                yield _Raw(number, parts[span], ids[span], inner, wanted, data)
+                parts, ids, slots = group.parts[span], group.ids[span], group.slots[span]
+                _fill(store, files, of_set[parts], ids, slots)
+                labels, names = labels_of(feed.parts, parts, ids), gather(feed.parts, parts, ids, "key")
+                yield _Travelling(slots, labels, parts, names, feed.images_seen + (number + 1) * feed.batch)
     finally:
         for one in files:
             one.__exit__()
 
 
-def _decoded(feed: _Feed, store: _Store, raw: _Raw) -> dict[str, Any]:
-    """Decodes into the store; what is returned travels between processes."""
-    sets = [part.shard_set for part in feed.parts]
-    rows = zip(raw.parts[raw.wanted].tolist(), raw.ids[raw.wanted].tolist(), raw.slots[raw.wanted].tolist(), strict=True)
-    for (part, index, slot), data in zip(rows, raw.data, strict=True):
-        _decode(sets[part], index, data, store.images[slot])
-        if store.filled is not None:
-            store.filled[slot] = 1
-    return {
-        "slots": raw.slots,
-        "labels": labels_of(feed.parts, raw.parts, raw.ids),
-        "parts": raw.parts,
-        "names": gather(feed.parts, raw.parts, raw.ids, "key"),
-        "images_seen": feed.images_seen + (raw.number + 1) * feed.batch,
-    }
+def _fill(store: _Store, files: list[ShardFiles], from_set: np.ndarray, ids: np.ndarray, slots: np.ndarray) -> None:
+    wanted = store.missing(slots)
+    for number in np.unique(from_set[wanted]).tolist():
+        entries = wanted[from_set[wanted] == number]
+        data = files[number].read(ids[entries])
+        for index, slot, encoded in zip(ids[entries].tolist(), slots[entries].tolist(), data, strict=True):
+            _decode(files[number], index, encoded, store.images[slot])
+            if store.filled is not None:
+                store.filled[slot] = 1
 
 
-def _decode(shard_set: ShardSet, index: int, data: bytes, out_CHW: np.ndarray) -> None:
+def _decode(files: ShardFiles, index: int, data: bytes, out_CHW: np.ndarray) -> None:
     try:
         decode_into(out_CHW, data)
     except BadImage as error:
-        key, offset = shard_set.samples["key"][index].decode(), int(shard_set.samples["offset"][index])
-        shard = int(shard_set.shards_of(np.array(index)))
-        raise damaged(shard_set.shard_path(shard), offset, f"{key!r}: {error}") from None
+        key = files.shard_set.samples["key"][index].decode()
+        raise files.damaged(index, f"{key!r}: {error}") from None
 
 
-def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | UserError]:
+def _errors_as_items(items: Iterable[_Travelling]) -> Iterator[_Travelling | UserError]:
     # The loader would turn an error raised in a worker process into a page of traceback.
     try:
         yield from items
@@ -235,18 +248,13 @@ def _errors_as_items(items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]
         yield error
 
 
-def _received(items: Iterator[dict[str, Any] | UserError], store: _Store, pin_memory: bool) -> Iterator[Batch]:
+def _received(items: Iterator[_Travelling | UserError], store: _Store, pin_memory: bool) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, UserError):
             raise item
-        images = torch.from_numpy(store.images[item["slots"]])
-        yield Batch(
-            images.pin_memory() if pin_memory else images,
-            torch.from_numpy(item["labels"]),
-            torch.from_numpy(item["parts"]),
-            item["names"],
-            item["images_seen"],
-        )
+        images = torch.from_numpy(store.images[item.slots])
+        labels, parts = torch.from_numpy(item.labels), torch.from_numpy(item.parts)
+        yield Batch(images.pin_memory() if pin_memory else images, labels, parts, item.names, item.images_seen)
 
 
 def _unchanged(item: Any) -> Any:
