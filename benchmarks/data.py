@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import psutil
 
 from benchmarks.peers.environments import HOME, python_of, versions
 from benchmarks.peers.measure import Job
+from benchmarks.peers.s3 import empty, s3_server, upload
 from benchmarks.peers.sets import Images, colour_images, gray_images
 
 ROOT = Path(__file__).parents[1]
@@ -47,10 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round on a tenth of the images")
     parser.add_argument("--peers", default=",".join(CONTESTANTS), help="contestants, separated by commas")
-    parser.add_argument("--workers", default="0,1,2", help="numbers of loader processes")
+    parser.add_argument("--workers", default="0,1,2", help="numbers of loader processes on local disk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gray", type=Path, help="a packed set of gray images instead of drawn strokes")
-    parser.add_argument("--s3", action="store_true", help="from an S3 server on this machine instead of its disk")
+    parser.add_argument("--s3", action="store_true", help="also from an S3 server process on this machine, by 2 workers")
     parser.add_argument("--json", type=Path, help="write every single measurement there")
     given = parser.parse_args()
     peers = [name for name in given.peers.split(",") if name]
@@ -67,17 +67,30 @@ def main() -> None:
     for peer in peers:
         print(f"  {peer}: {CONTESTANTS[peer]}")
     for images in sets:
-        for workers in map(int, given.workers.split(",")):
+        for workers in (int(text) for text in given.workers.split(",") if text):
             rows = compare(images, workers, peers, pythons, rounds)
             record["rows"] += rows
             print(table(images, workers, rounds, rows), flush=True)
+    if given.s3:
+        with s3_server():
+            for images in sets:
+                rows = compare(images, 2, [peer for peer in peers if "limit" not in peer], pythons, rounds, remote=True)
+                record["rows"] += rows
+                print(table(images, 2, rounds, rows), flush=True)
     if given.json:
         given.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def compare(images: Images, workers: int, peers: list[str], pythons: dict[str, str], rounds: int) -> list[Run]:
+def compare(
+    images: Images, workers: int, peers: list[str], pythons: dict[str, str], rounds: int, remote: bool = False
+) -> list[Run]:
     """One row for each contestant: the medians, and every single measurement."""
     jobs = {peer: _job(images, peer, workers) for peer in peers}
+    if remote:
+        for peer, job in jobs.items():
+            _run(pythons[peer], replace(job, check=True))  # so that each peer's own form is written
+            own = Path(job.folder) if Path(job.folder).exists() else Path(job.source)
+            jobs[peer] = replace(job, url=upload(own, f"{images.scratch.name}/{peer}"))
     checks = {peer: _run(pythons[peer], replace(job, check=True)) for peer, job in jobs.items()}
     _agree(images, checks)
     runs: dict[str, list[Run]] = {peer: [] for peer in peers}
@@ -85,7 +98,7 @@ def compare(images: Images, workers: int, peers: list[str], pythons: dict[str, s
         first = number % len(peers)
         for peer in peers[first:] + peers[:first]:
             runs[peer].append(_run(pythons[peer], jobs[peer]))
-    return [_row(images, workers, peer, runs, checks[peer]) for peer in peers]
+    return [_row(images, workers, peer, runs, checks[peer], remote) for peer in peers]
 
 
 def _job(images: Images, peer: str, workers: int) -> Job:
@@ -97,6 +110,8 @@ def _job(images: Images, peer: str, workers: int) -> Job:
 
 def _run(python: str, job: Job) -> Run:
     """One process of a contestant. When checking, its largest proportional set size, with its children's, is added."""
+    if job.url:
+        os.environ["GRAFT_CACHE"] = empty(f"{job.folder}.local")
     command = [python, "-m", f"benchmarks.peers.{_MODULES.get(job.peer, job.peer)}", json.dumps(asdict(job))]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     pipe = subprocess.PIPE
@@ -131,13 +146,14 @@ def _agree(images: Images, checks: dict[str, Run]) -> None:
         raise SystemExit(f"{images.title}: (images, sum of labels, sum of pixels) differ: {found}")
 
 
-def _row(images: Images, workers: int, peer: str, runs: dict[str, list[Run]], check: Run) -> Run:
+def _row(images: Images, workers: int, peer: str, runs: dict[str, list[Run]], check: Run, remote: bool) -> Run:
     def rates(of: str, epoch: int, per: str = "seconds") -> list[float]:
         return [run["epochs"][epoch]["images"] / max(1e-3, run["epochs"][epoch][per]) for run in runs[of]]
 
     reference = REFERENCE if REFERENCE in runs else peer
     return {
         "set": images.title,
+        "from": "S3" if remote else "disk",
         "workers": workers,
         "peer": peer,
         "first_epoch_images_s": median(rates(peer, 0)),
@@ -157,6 +173,7 @@ def table(images: Images, workers: int, rounds: int, rows: list[Run]) -> str:
     size = sum(shard.size for shard in manifest.shards) / 1e6
     lines = [
         f"\n{images.title}: {len(images.source):,} of {manifest.image_shape}, {size:.0f} MB of tars, {workers} workers, "
+        f"{'an S3 server on this machine, caches empty before epoch 1' if rows[0]['from'] == 'S3' else 'local disk'}, "
         f"medians of {rounds} rounds",
         f"{'':20}{'images/s':>20}{'images/s':>11}{'graft is':>16}{'first':>9}{'peak MB':>9}{'of it':>9}",
         f"{'':20}{'epoch 1':>10}{'epoch 2':>10}{'a core':>11}{'epoch 1':>8}{'epoch 2':>8}"
@@ -181,4 +198,4 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
