@@ -2,9 +2,10 @@
 
 Every contestant runs in fresh processes, one at a time, in rounds: each round runs all of them in turn, beginning with
 another one, and a ratio is the median over the rounds of the ratios within a round, so that a machine that is slow for a
-while is slow for all. "A core" divides by the processor seconds of the second epoch, of all its processes: where other
-programs share the machine, that is the figure to trust. The work is the same for all: batches of 64 shuffled uint8 images and their labels, as torch tensors,
-in the main process. A run apart from the timed ones adds up every pixel and label, and looks at the memory.
+while is slow for all. "A core" divides by the processor seconds of the second epoch, of all
+its processes: where other programs share the machine, that is the figure to trust. The work is the same for all: batches of
+64 shuffled uint8 images and their labels, as torch tensors, in the main process. A run apart from the timed ones adds up
+every pixel and label, and looks at the memory.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(CONTESTANTS), help="contestants, separated by commas")
     parser.add_argument("--workers", default="0,1,2", help="numbers of loader processes on local disk")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sets", default="gray,colour")
     parser.add_argument("--gray", type=Path, help="a packed set of gray images instead of drawn strokes")
     parser.add_argument("--s3", action="store_true", help="also from an S3 server process on this machine, by 2 workers")
     parser.add_argument("--json", type=Path, help="write every single measurement there")
@@ -59,8 +61,11 @@ def main() -> None:
         parser.error(f"unknown contestants {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
     rounds = 1 if given.quick else given.rounds
     scratch = HOME / "data"
-    sets = [gray_images(scratch, 2560 if given.quick else 24000, given.gray),
-            colour_images(scratch, 640 if given.quick else 6400)]
+    sets = []
+    if "gray" in given.sets:
+        sets.append(gray_images(scratch, 2560 if given.quick else 24000, given.gray))
+    if "colour" in given.sets:
+        sets.append(colour_images(scratch, 640 if given.quick else 6400))
     pythons = {peer: python_of(peer) for peer in peers}
     record: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions(), "rows": []}
     print(f"{record['machine']}; Python {platform.python_version()}, "
@@ -72,14 +77,19 @@ def main() -> None:
             rows = compare(images, workers, peers, pythons, rounds)
             record["rows"] += rows
             print(table(images, workers, rounds, rows), flush=True)
+            _save(given.json, record)
     if given.s3:
         with s3_server():
             for images in sets:
                 rows = compare(images, 2, [peer for peer in peers if "limit" not in peer], pythons, rounds, remote=True)
                 record["rows"] += rows
                 print(table(images, 2, rounds, rows), flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(record, indent=1) + "\n")
+                _save(given.json, record)
+
+
+def _save(path: Path | None, record: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def compare(
