@@ -29,6 +29,7 @@ import numpy as np
 from data_shards.manifest import COLUMNS, MANIFEST, Manifest, Shard, open_set, write_set
 from data_shards.order import make_order, sample_indices
 
+ROOT = Path(__file__).parents[1]
 SHARDS, SAMPLES, BATCH = 10_000, 10_000_000, 64
 MEMBER_BYTES = 1536  # a header and up to two blocks of data
 MAX_SECONDS, MAX_MB = 2.0, 300
@@ -49,9 +50,8 @@ def main() -> None:
     print(f"{SAMPLES:,} samples in {SHARDS:,} shards, medians of {given.rounds} runs")
     misses = []
     for name in ("plan", "batches", "columns"):
-        command = [sys.executable, "-m", "benchmarks.plan", "--folder", str(given.folder), "--run", name]
-        runs = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                for _ in range(given.rounds)]
+        command = [sys.executable, "-m", "benchmarks.plan", "--folder", str(given.folder.absolute()), "--run", name]
+        runs = [_child(command) for _ in range(given.rounds)]
         keys = ("open_s", "total_s", "peak_mb", "imports_mb")
         opened, total, peak, before = (median(run[key] for run in runs) for key in keys)
         print(f"{name:8} open_set {opened:.2f} s, to the end {total:.2f} s; peak {peak:.0f} MB, of it imports {before:.0f} MB")
@@ -61,6 +61,12 @@ def main() -> None:
             misses.append(name)
     if misses:
         raise SystemExit(f"{', '.join(misses)}: over {MAX_SECONDS} s, or over {MAX_MB} MB (for batches: beyond the imports)")
+
+
+def _child(command: list[str]) -> dict[str, float]:
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    found: dict[str, float] = json.loads(output)
+    return found
 
 
 def plan(folder: Path, columns: bool) -> dict[str, float]:

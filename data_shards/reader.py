@@ -1,6 +1,6 @@
 """Shards to batches, through webdataset, in the order that `order.py` defines.
 
-webdataset gets a source and explicit stages; its URL opener, its splitters and its default decoder are
+webdataset gets a source of batches and explicit stages; its URL opener, its splitters and its default decoder are
 not used, because they run commands and pickles out of shards and drop samples without a word.
 """
 
@@ -86,7 +86,8 @@ def batches(
     kept = _Kept(total if cached else (AHEAD + 1) * max(1, workers) * batch // world, shape, cached)
     feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_batches, feed, kept),
+        partial(_groups, feed, kept),
+        partial(_filled, feed, kept),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -147,10 +148,17 @@ class _Kept:
         # Set after the image is whole. Two workers may decode the same one; both write the same bytes.
         self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8) if cached else None
 
+    def missing(self, slots: np.ndarray) -> np.ndarray:
+        """Which entries of `slots` are to be decoded, each slot once."""
+        if self.filled is None:
+            return np.arange(len(slots))
+        distinct, entries = np.unique(slots, return_index=True)
+        return entries[self.filled[distinct] == 0]
+
 
 @dataclass
 class _Group:
-    """Batches of one loader process, one after the other: for each image its part, its sample id and its place in `_Kept`."""
+    """Batches one after the other, before reading: for each image its part, its sample id, and its slot in `_Kept`."""
 
     numbers: range
     parts: np.ndarray
@@ -159,7 +167,7 @@ class _Group:
 
 
 class _Travelling(NamedTuple):
-    """A `Batch` on its way between processes: its images stay where `slots` says."""
+    """A batch on its way between processes; its images stay where `slots` says."""
 
     slots: np.ndarray
     labels: np.ndarray
@@ -169,8 +177,8 @@ class _Travelling(NamedTuple):
 
 
 def _groups(feed: _Feed, kept: _Kept) -> Iterator[_Group]:
-    """The batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which the loader
-    takes in turn.
+    """The source: the batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which
+    the loader takes in turn.
     """
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -182,7 +190,7 @@ def _groups(feed: _Feed, kept: _Kept) -> Iterator[_Group]:
         where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
         parts, ids = locate(feed.mixture, np.concatenate(where))
         if kept.filled is None:
-            slots = np.concatenate([np.arange(local) + n * local for n in numbers]) % len(kept.images)
+            slots = np.concatenate([n * local + np.arange(local) for n in numbers]) % len(kept.images)
         else:
             slots = np.empty(len(ids), np.int64)
             for part in np.unique(parts):
@@ -191,18 +199,21 @@ def _groups(feed: _Feed, kept: _Kept) -> Iterator[_Group]:
         yield _Group(numbers, parts, ids, slots)
 
 
-def _batches(feed: _Feed, kept: _Kept) -> Iterator[_Travelling]:
-    """The source: one batch after the other. While one group of batches is read, the next is being fetched."""
+def _filled(feed: _Feed, kept: _Kept, groups: Iterator[_Group]) -> Iterator[_Travelling]:
+    """Reads the images of one batch after the other into `_Kept`. While one group is read, the next is being fetched."""
     files, of_set = [ShardFiles(one) for one in distinct_sets(feed.parts)], set_numbers(feed.parts)
     local = feed.batch // feed.world
-    groups = _groups(feed, kept)
-    coming = next(groups)
+
+    def fetched(group: _Group) -> _Group:
+        wanted = np.sort(kept.missing(group.slots))
+        for number, one in enumerate(files):
+            one.prefetch(group.ids[wanted[of_set[group.parts[wanted]] == number]])
+        return group
+
+    coming = fetched(next(groups))
     try:
         while True:
-            group, coming = coming, next(groups)
-            wanted = _missing(kept, coming.slots)
-            for number, one in enumerate(files):
-                one.prefetch(coming.ids[wanted[of_set[coming.parts[wanted]] == number]])
+            group, coming = coming, fetched(next(groups))
             for place, number in enumerate(group.numbers):
                 span = slice(place * local, (place + 1) * local)
                 parts, ids, slots = group.parts[span], group.ids[span], group.slots[span]
@@ -214,22 +225,13 @@ def _batches(feed: _Feed, kept: _Kept) -> Iterator[_Travelling]:
             one.__exit__()
 
 
-def _missing(kept: _Kept, slots: np.ndarray) -> np.ndarray:
-    """Which entries have to be read: those whose image is not kept yet, each image once."""
-    if kept.filled is None:
-        return np.arange(len(slots))
-    distinct, entries = np.unique(slots, return_index=True)
-    return np.sort(entries[kept.filled[distinct] == 0])
-
-
 def _fill(kept: _Kept, files: list[ShardFiles], from_set: np.ndarray, ids: np.ndarray, slots: np.ndarray) -> None:
-    """Reads and decodes what is missing of a batch."""
-    wanted = _missing(kept, slots)
+    wanted = kept.missing(slots)
     for number in np.unique(from_set[wanted]).tolist():
         entries = wanted[from_set[wanted] == number]
-        found = zip(ids[entries].tolist(), slots[entries].tolist(), files[number].read(ids[entries]), strict=True)
-        for index, slot, data in found:
-            _decode(files[number], index, data, kept.images[slot])
+        data = files[number].read(ids[entries])
+        for index, slot, encoded in zip(ids[entries].tolist(), slots[entries].tolist(), data, strict=True):
+            _decode(files[number], index, encoded, kept.images[slot])
             if kept.filled is not None:
                 kept.filled[slot] = 1
 
@@ -255,13 +257,8 @@ def _received(items: Iterator[_Travelling | UserError], kept: _Kept, pin_memory:
         if isinstance(item, UserError):
             raise item
         images = torch.from_numpy(kept.images[item.slots])
-        yield Batch(
-            images.pin_memory() if pin_memory else images,
-            torch.from_numpy(item.labels),
-            torch.from_numpy(item.parts),
-            item.names,
-            item.images_seen,
-        )
+        labels, parts = torch.from_numpy(item.labels), torch.from_numpy(item.parts)
+        yield Batch(images.pin_memory() if pin_memory else images, labels, parts, item.names, item.images_seen)
 
 
 def _unchanged(item: Any) -> Any:

@@ -20,7 +20,7 @@ def write(samples: Iterator[tuple[bytes, int]], folder: str) -> None:
 SHARD_BYTES = 1 << 26  # its default
 
 
-class Images(StreamingDataset):  # type: ignore[misc]
+class Images(StreamingDataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         sample: dict[str, Any] = super().__getitem__(index)
         return decode(sample["png"]), sample["label"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ def open_loader(job: Job) -> Epoch:
     if job.url:
         wds.gopen_schemes["s3"] = _open_s3
     root = job.url or job.source
+    cache = f"{job.folder}.local" if job.url else None
     dataset = (
-        wds.WebDataset([f"{root}/{name}" for name in names], shardshuffle=100, seed=job.seed)
+        wds.WebDataset([f"{root}/{name}" for name in names], shardshuffle=100, seed=job.seed, cache_dir=cache)
         .shuffle(1000)
         .to_tuple("png", "cls")
         .map_tuple(decode, int)
@@ -29,12 +29,11 @@ def open_loader(job: Job) -> Epoch:
     return lambda: tensors(loader)
 
 
-def _open_s3(url: str, *_: Any, **__: Any) -> Any:
+def _open_s3(url: str, *args: Any, **options: Any) -> Any:
     import boto3
 
     bucket, _, key = url.removeprefix("s3://").partition("/")
-    body = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).get_object(Bucket=bucket, Key=key)["Body"]
-    return io.BufferedReader(body._raw_stream, 1 << 20)
+    return boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).get_object(Bucket=bucket, Key=key)["Body"]
 
 
 def _same(batch: Any) -> Any:
