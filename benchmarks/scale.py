@@ -53,7 +53,7 @@ def read_pass(place: str, images: int, rank: int, world: int, cache: str, answer
         fetched[1] += 1
         return data
 
-    ObjectStore._read = counting  # type: ignore[method-assign]
+    ObjectStore._read = counting  # type: ignore[method-assign,assignment]
     seen, process = np.zeros(images, np.uint8), psutil.Process()
     memory: list[float] = []
     begin = time.monotonic()
