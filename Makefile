@@ -4,8 +4,8 @@
 SHELL := /bin/bash
 VENV ?= .venv
 MARKERS ?=
+BENCH ?= $(filter-out __init__ scale,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := $(VENV)/bin
-BENCHMARKS := $(filter-out __init__,$(basename $(notdir $(wildcard benchmarks/*.py))))
 STAMP := $(VENV)/.graft-installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -15,7 +15,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench chaos docs
+.PHONY: help setup run test lint bench scale chaos docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -45,8 +45,11 @@ lint: $(STAMP)  ## ruff and mypy; nothing is changed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-bench: $(STAMP)  ## run every benchmark of benchmarks/ (about half an hour; python -m benchmarks.data --quick takes three minutes)
-	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make bench BENCH=data chooses
+	@set -e; for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name; done
+
+scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
+	$(BIN)/python -m benchmarks.scale
 
 chaos: $(STAMP)  ## kill a small run in pretraining and in the fan-out, and compare it with one that was not killed
 	$(BIN)/python -m pytest tests/cluster/test_run.py

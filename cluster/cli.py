@@ -35,7 +35,7 @@ Dashboard = Annotated[str | None, typer.Option("--address", help="The cluster's 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing set or manifest.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and stop.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-ShardFolder = Annotated[Path, typer.Argument(metavar="PATH", help="A folder of shards.")]
+ShardFolder = Annotated[str, typer.Argument(metavar="SET", help="A folder of shards, or its URL.")]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, as `graft submit` printed it.")]
 
 
@@ -130,18 +130,33 @@ def report(run: Run) -> None:
     print(build_report(folder))
 
 
-@app.command(epilog="Example: graft sample runs/demo --out grid.png --count 64")
-def sample(run: Run, out: Annotated[Path, typer.Option("--out", help="PNG file to write.")],
+@app.command(epilog="Example: graft sample runs/demo --count 64; graft sample runs/demo --count 10000 --shards data/synthetic")
+def sample(run: Run,
+           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png.")] = None,
+           to_shards: Annotated[str | None, typer.Option("--shards", metavar="DST", help="Pack them as a set in this folder "
+                                                         "or store instead, with where they come from.")] = None,
            stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
            trial: Annotated[str | None, typer.Option(help="Id of a trial instead of a stage.")] = None,
            count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 64,
-           seed: Annotated[int, typer.Option(min=0, help="Seed of the latents.")] = 0) -> None:
-    """A grid of generated pictures."""
+           seed: Annotated[int, typer.Option(min=0, help="Seed of the latents.")] = 0,
+           truncation: Annotated[float | None, typer.Option(help="Cut latents off at +- this many deviations.")] = None,
+           overwrite: Overwrite = False) -> None:
+    """Generated pictures: a grid, or a set of shards that is a source like any other."""
     checkpoint = _checkpoint(_existing_run(run), stage, trial)
-    from training.sample import sample_grid
+    from data_shards.errors import UserError
+    from training.sample import sample_grid, sample_shards
 
-    sample_grid(checkpoint, out, count, seed)
-    print(out)
+    if to_shards is None:
+        out = out or run / f"grid-{trial or stage}.png"
+        sample_grid(checkpoint, out, count, seed, truncation)
+        print(out)
+        return
+    if out is not None:
+        raise UserError("--out is for a grid and --shards for a set; give one of them.")
+    with _progress("sample") as show:
+        made = sample_shards(checkpoint, to_shards, count, seed, truncation, overwrite=overwrite,
+                             progress=lambda done, total, _: show(done, total), say=print)
+    print(f"{to_shards}: {len(made)} images in {len(made.manifest.shards)} shards, made by {checkpoint}")
 
 
 # ---- shards
@@ -158,21 +173,49 @@ def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, m
     print(f"{name}: {len(found.sets)} sets in {root / name}, {found.packed} packed, {found.kept} kept")
 
 
-@shards.command(epilog="Example: graft shards pack photos --out data/photos --size 32 --channels 3 --reference 0.5")
-def pack(source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images.")],
-         out: Annotated[Path, typer.Option("--out", metavar="DST", help="Folder for the shards.")],
+@shards.command(epilog="Example: graft shards pack photos --out data/photos --size 64 --reference 0.2")
+def pack(source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, a .zip, .tar, .npz, .npy or "
+                                                ".parquet file, or a folder of .parquet or WebDataset .tar files.")],
+         out: Annotated[str, typer.Option("--out", metavar="DST", help="Folder for the shards, or a store's URL.")],
          size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
          channels: Annotated[int, typer.Option(help="1 gray, 3 colour.")] = 3,
+         kind: Annotated[str | None, typer.Option(help="folder, zip, tar, webdataset, arrays, parquet.")] = None,
+         image_column: Annotated[str | None, typer.Option(help="Images, if it cannot be told.")] = None,
+         label_column: Annotated[str | None, typer.Option(help="Labels, if it cannot be told.")] = None,
          reference: Annotated[float, typer.Option(help="Share of the images held out for scores; a target needs some.")] = 0.0,
+         encoding: Annotated[str, typer.Option(help="png or webp (both lossless), or jpeg.")] = "png",
+         quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
+         background: Annotated[int, typer.Option(help="Gray value behind transparency, 0 black to 255 white.")] = 255,
+         keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Keep exact copies of an image.")] = False,
+         near: Annotated[int, typer.Option(help="List images whose dHash differs in so many bits; -1: do not.")] = 4,
          max_bad: Annotated[int, typer.Option(help="Unreadable images that are left out before it is an error.")] = 0,
-         overwrite: Overwrite = False) -> None:
-    """Pack a folder of images; its subfolders are the classes."""
-    from data_shards import pack_folder
+         seed: Annotated[int, typer.Option(min=0, help="Of the held-out draw and of the order.")] = 0,
+         shard_samples: Annotated[int, typer.Option(min=1, help="Images in a shard at most.")] = 4096,
+         shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a shard at most.")] = 256,
+         name: Annotated[str | None, typer.Option(help="Name of the set; that of SRC.")] = None,
+         licence: Annotated[str, typer.Option(help="Licence of the images, for the manifest.")] = "unknown",
+         processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; its CPUs.")] = None,
+         address: Address = None,
+         scratch: Annotated[str | None, typer.Option(help="Folder to unpack compressed sources in; beside DST.")] = None,
+         overwrite: Overwrite = False, dry_run: DryRun = False) -> None:
+    """Pack images into a set of shards. Classes are subfolders, or stand in labels.csv, the table or the array.
 
-    with _progress(source.name) as show:
-        made = pack_folder(source, out, size, channels, reference=reference, max_bad=max_bad, overwrite=overwrite,
-                           progress=show)
-    print(f"{out}: {len(made)} images in {len(made.manifest.shards)} shards, {len(made.manifest.bad)} left out")
+    The same command again goes on from the shards that an interrupted one has finished.
+    """
+    from cluster import packing
+
+    options: dict[str, Any] = {
+        "kind": kind, "image_column": image_column, "label_column": label_column, "reference": reference,
+        "encoding": encoding, "quality": quality, "background": background, "near": near, "seed": seed,
+        "shard_samples": shard_samples, "shard_bytes": shard_mb << 20}
+    if dry_run:
+        for line in packing.describe(source, out, size, channels, overwrite=overwrite, **options):
+            print(line)
+        return
+    made = packing.pack(source, out, size, channels, address=address, processes=processes, scratch=scratch,
+                        keep_duplicates=keep_duplicates, max_bad=max_bad, name=name, licence=licence, overwrite=overwrite,
+                        **options)
+    print(f"{out}: {packing.summary(made)}")
 
 
 @shards.command(epilog="Example: graft shards index /data/my-tars --channels 3")
@@ -181,7 +224,7 @@ def index(path: ShardFolder, channels: Annotated[int, typer.Option(help="1 gray,
     """Make the manifest of WebDataset tars that another tool wrote."""
     from data_shards import index_tars
 
-    with _progress(path.name) as show:
+    with _progress(path) as show:
         made = index_tars(path, channels=channels, overwrite=overwrite, progress=show)
     print(f"{path}: {len(made)} images in {len(made.manifest.shards)} shards")
 
@@ -202,7 +245,7 @@ def verify(path: ShardFolder) -> None:
     from data_shards import verify as verify_set
 
     opened = open_set(path)
-    with _progress(path.name) as show:
+    with _progress(path) as show:
         verify_set(opened, progress=show)
     print(f"{path}: {len(opened.manifest.shards)} shards are the ones of the manifest")
 

@@ -21,6 +21,7 @@ from cluster.report_charts import Point, Series, key, line_chart
 from cluster.report_text import (
     SYMBOLS,
     Row,
+    caveat,
     count,
     decimals,
     duration,
@@ -30,6 +31,7 @@ from cluster.report_text import (
     leaderboard_table,
     leaderboard_text,
     method_name,
+    metric_name,
     number,
     order_methods,
     percent,
@@ -86,7 +88,7 @@ def collect(run: Path) -> dict[str, Any]:
     return {
         "title": run.resolve().name,
         "latest": datetime.fromtimestamp(latest, UTC).strftime("%Y-%m-%d %H:%M UTC") if latest else None,
-        "headline": headline(verdicts, methods), "verdicts": verdicts, "methods": methods,
+        "headline": headline(verdicts, methods), "caveat": caveat(rows, verdicts), "verdicts": verdicts, "methods": methods,
         "cells": {(str(v.get("domain")), str(v.get("method"))): {**v, "state": state_of(v)} for v in verdicts},
         "seeds": sorted({v["seeds"] for v in verdicts if v.get("seeds") is not None}),
         "rows": sorted(rows, key=lambda row: (row.get("phase") == "search", domains.index(str(row.get("domain"))),
@@ -179,7 +181,7 @@ def pretrain_charts(lines: Sequence[Row]) -> list[Any]:
 def meta_charts(lines: Sequence[Row]) -> list[Any]:
     """One chart per metric of a meta-training."""
     names = sorted({name for line in lines for name in line["metrics"]})
-    return [chart for name in names if (chart := metric_chart(lines, {name: name.rpartition("/")[2]}, name))]
+    return [chart for name in names if (chart := metric_chart(lines, {name: "mean of tasks"}, metric_name(name)))]
 
 
 def metric_chart(lines: Sequence[Row], names: Mapping[str, str], title: str) -> Any:

@@ -41,6 +41,37 @@ def headline(verdicts: Sequence[Row], methods: Sequence[str]) -> list[str]:
     return sentences
 
 
+SHORT_BUDGET = 1000  # images of a trial; below it scratch has hardly begun (docs/LOG.md)
+FEW_SEEDS = 5
+
+
+def caveat(rows: Sequence[Row], verdicts: Sequence[Row]) -> str:
+    """A sentence for a run whose budget or seeds are too small to be quoted as they stand; empty otherwise."""
+    budgets = [row["images_budget"] for row in rows if finite(row.get("images_budget"))]
+    seeds = [v["seeds"] for v in verdicts if finite(v.get("seeds"))]
+    said = []
+    if verdicts and budgets and min(budgets) < SHORT_BUDGET:
+        said.append(f"{count(min(budgets))} images per trial is a short budget, at which scratch has hardly begun: verdicts "
+                    "favour transfer and hold for this budget only.")
+    if seeds and min(seeds) < FEW_SEEDS:
+        said.append(f"{count(min(seeds))} seed{'s' * (min(seeds) != 1)} can show only large gains: quote nothing below "
+                    f"{FEW_SEEDS} seeds.")
+    return " ".join(said)
+
+
+METRIC_NAMES = {"data_wait": "share of time spent waiting for data", "images_per_second": "images per second",
+                "generator/adversarial": "G's adversarial loss", "discriminator/adversarial": "D's adversarial loss",
+                "generator/total": "G's whole loss", "discriminator/total": "D's whole loss",
+                "discriminator/r1": "R1 penalty (real)", "discriminator/r2": "R2 penalty (generated)",
+                "discriminator/real_logit": "D's logit of real images",
+                "discriminator/fake_logit": "D's logit of generated images", "selection_kid": "selection KID"}
+
+
+def metric_name(name: str) -> str:
+    """A metric of the log in words; an unknown one with its separators as spaces."""
+    return METRIC_NAMES.get(name, name.replace("/", " ").replace("_", " "))
+
+
 def order_methods(names: Iterable[Any]) -> list[str]:
     """The methods in the order of METHOD_NAMES, others after them by name."""
     known = list(METHOD_NAMES)

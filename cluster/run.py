@@ -50,6 +50,8 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
     chosen = stages or STAGES
     console.print("\n".join(derived(recipe, out)), markup=False)
     if dry_run:
+        for line in absent(recipe) if "shards" in chosen else ():
+            console.print(line, markup=False)
         return
     source = ready_sets(recipe) if "shards" in chosen else open_set(set_place(recipe.data, recipe.data.source))
     out.mkdir(parents=True, exist_ok=True)
@@ -92,11 +94,20 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
 
 
-def ready_sets(recipe: Recipe) -> ShardSet:
-    """Fetch the known datasets that are not there yet and open every set that the recipe names; returns the source.
+def absent(recipe: Recipe) -> Iterator[str]:
+    """What a run would do first about its sets, in words."""
+    missing = missing_sets(recipe)
+    for dataset, wanted in missing.items():
+        yield f"  shards    {', '.join(sorted(wanted))} not in {recipe.data.root}; would be fetched ({dataset})"
+    if not missing:
+        yield f"  shards    all sets are in {recipe.data.root}"
+
+
+def missing_sets(recipe: Recipe) -> dict[str, set[str]]:
+    """The recipe's sets that are not there, by the dataset that has them.
 
     Raises:
-        UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
+        UserError: for a set that is neither there nor part of a known dataset.
     """
     names = [*source_sets(recipe.data), *(target.set for target in recipe.fanout.targets)]
     missing: dict[str, set[str]] = {}
@@ -108,7 +119,16 @@ def ready_sets(recipe: Recipe) -> ShardSet:
                 raise UserError(f"there is no set at {place}: pack one with `graft shards pack FOLDER --out "
                                 f"{Path(recipe.data.root) / name}`, or name one of the datasets {', '.join(DATASETS)}.")
             missing.setdefault(dataset, set()).add(name)
-    for dataset, wanted in missing.items():
+    return missing
+
+
+def ready_sets(recipe: Recipe) -> ShardSet:
+    """Fetch the known datasets that are not there yet and open every set that the recipe names; returns the source.
+
+    Raises:
+        UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
+    """
+    for dataset, wanted in missing_sets(recipe).items():
         console.print(f"shards    fetching {', '.join(sorted(wanted))}")
         with _timed(None, "shards"):
             fetch(dataset, recipe.data.root, only=wanted)

@@ -13,23 +13,23 @@ if TYPE_CHECKING:
     from data_shards.datasets import DATASETS, fetch
     from data_shards.episodes import episode
     from data_shards.errors import BadImage, DamagedShard, UserError
-    from data_shards.folder import pack_folder
     from data_shards.index import index_tars
     from data_shards.manifest import ShardSet, info, open_set, verify
-    from data_shards.pack import Sample, pack_images
+    from data_shards.pack import pack_arrays, pack_images, pack_source
     from data_shards.parts import Part, class_names, class_parts
     from data_shards.reader import Batch, batches, load_images
+    from data_shards.sources.made import Sample
 
 _HOMES = {
     "datasets": ("DATASETS", "fetch"),
     "episodes": ("episode",),
     "errors": ("BadImage", "DamagedShard", "UserError"),
-    "folder": ("pack_folder",),
     "index": ("index_tars",),
     "manifest": ("ShardSet", "info", "open_set", "verify"),
-    "pack": ("Sample", "pack_images"),
+    "pack": ("pack_arrays", "pack_images", "pack_source"),
     "parts": ("Part", "class_names", "class_parts"),
     "reader": ("Batch", "batches", "load_images"),
+    "sources.made": ("Sample",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -51,8 +51,9 @@ __all__ = [
     "info",
     "load_images",
     "open_set",
-    "pack_folder",
+    "pack_arrays",
     "pack_images",
+    "pack_source",
     "verify",
 ]
 

@@ -17,9 +17,14 @@ def hash_file(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Replaces `path` by JSON in one step, making its folder if it is missing; NaN is a `ValueError`."""
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces `path` in one step, making its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_bytes(content)
     sync(temporary)
     temporary.replace(path)
 

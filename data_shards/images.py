@@ -8,16 +8,20 @@ The written-down policy, used wherever an image of any size becomes one of a set
 4. The image is scaled by Pillow's antialiased resampling (Lanczos) so that it just covers H x W (for a square target:
    its short side becomes the target's side), then the centre is cropped.
 
-Arrays are uint8 (C, H, W), values 0..255; they are stored as lossless PNG.
+Arrays are uint8 (C, H, W), values 0..255. They are stored as PNG or lossless WebP, which keep every pixel, or as JPEG,
+which does not. Every image is decoded and encoded anew, also one that is in its final form already: so no EXIF, no text,
+no colour profile and nothing behind the pixels goes from an untrusted file into a shard.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,6 +33,8 @@ SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 4096 * 4096
 MAX_BYTES = 64 * 1024 * 1024
 BACKGROUND = 255
+ENCODINGS = {"png": "png", "webp": "webp", "jpeg": "jpg"}  # -> suffix of the files
+QUALITY = 95
 
 _DECODE_ERRORS = (
     OSError,  # includes UnidentifiedImageError and truncation
@@ -121,7 +127,17 @@ def _png_head(channels: int, height: int, width: int) -> bytes:
 
 def fit_image(image: Image.Image, size: tuple[int, int], channels: int, *, background: int = BACKGROUND) -> np.ndarray:
     """Fits an image to `size` = (H, W) by the policy in this module's docstring; returns uint8 (C, H, W)."""
-    image = _to_channels(ImageOps.exif_transpose(image), channels, background)
+    return _to_array(fit(image, size, channels, background=background))
+
+
+def fit(image: Image.Image, size: tuple[int, int], channels: int, *, background: int = BACKGROUND) -> Image.Image:
+    """`fit_image` as a Pillow image of mode L (1 channel) or RGB (3 channels)."""
+    try:
+        image = _to_channels(ImageOps.exif_transpose(image), channels, background)
+    except BadImage:
+        raise
+    except _DECODE_ERRORS as error:
+        raise BadImage(f"its EXIF data or its palette cannot be read ({_one_line(error)})") from None
     height, width = size
     if (image.height, image.width) != (height, width):
         scale = max(height / image.height, width / image.width)
@@ -131,19 +147,39 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, *, backg
         image = image.resize(covering, Image.Resampling.LANCZOS)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
-    return _to_array(image)
+    return image
 
 
 def encode_png(image_CHW: np.ndarray) -> bytes:
     """Encodes uint8 (C, H, W), C in {1, 3}, as PNG without loss; the same array gives the same bytes."""
+    return encode(as_picture(image_CHW), "png")
+
+
+def encode(image: Image.Image, encoding: str, quality: int = QUALITY) -> bytes:
+    """Encodes a picture of mode L or RGB as one of `ENCODINGS`; `quality` (1 to 100) is JPEG's and no other's.
+
+    The same pixels give the same bytes, for one version of Pillow.
+    """
+    options: dict[str, Any] = {
+        "png": {"format": "PNG", "compress_level": 6},
+        "webp": {"format": "WEBP", "lossless": True, "quality": 80, "method": 4, "exact": True},  # here an effort only
+        "jpeg": {"format": "JPEG", "quality": quality, "subsampling": 0},  # 4:4:4: colour keeps its resolution
+    }[encoding]
+    if image.info:  # Pillow would write a profile or a comment that it finds there
+        image = image.copy()
+        image.info = {}
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def as_picture(image_CHW: np.ndarray) -> Image.Image:
+    """uint8 (C, H, W), C in {1, 3} -> a picture of mode L or RGB; raises `UserError` for any other array."""
     if image_CHW.dtype != np.uint8 or image_CHW.ndim != 3 or image_CHW.shape[0] not in (1, 3):
         raise UserError(
             f"an image to pack must be uint8 of shape (1 or 3, H, W), not {image_CHW.dtype} {image_CHW.shape}"
         )
-    pixels = image_CHW[0] if image_CHW.shape[0] == 1 else np.ascontiguousarray(image_CHW.transpose(1, 2, 0))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=6)
-    return buffer.getvalue()
+    return Image.fromarray(image_CHW[0] if image_CHW.shape[0] == 1 else np.ascontiguousarray(image_CHW.transpose(1, 2, 0)))
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
@@ -207,7 +243,8 @@ def _to_channels(image: Image.Image, channels: int, background: int) -> Image.Im
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (background, background, background, 255))
         image = Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -216,5 +253,6 @@ def _to_array(image: Image.Image) -> np.ndarray:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    # Pillow names the object it read from, with its address: no two runs would say the same.
+    text = " ".join(re.sub(r"<_io\.BytesIO[^>]*>", "", str(error)).split()) or type(error).__name__
     return text[:200]

@@ -1,56 +1,148 @@
 """Images to a set: plain WebDataset tars with reproducible bytes, and the manifest last.
 
-Samples are written in a seeded random order, so that reading a shard in sequence is already mixed. Everything is made
-in a sibling folder and renamed into place at the end: a set is there whole or not at all.
+`pack_source` packs what lies in files, `pack_images` samples in memory, `pack_arrays` what a function makes. A pack that
+was killed goes on from its finished shards when the same is asked for again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import json
 import os
-import shutil
-import tarfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-import numpy as np
-import webdataset as wds
+import PIL
 
-from data_shards.errors import BadImage, UserError
-from data_shards.files import sync
-from data_shards.images import check_shape, encode_png
-from data_shards.manifest import (
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    Shard,
-    ShardSet,
-    as_columns,
-    open_set,
-    write_set,
-)
-from data_shards.tarfiles import BLOCK, check_key, local_path
+from data_shards.errors import UserError
+from data_shards.images import BACKGROUND, QUALITY
+from data_shards.manifest import SPLITS, ShardSet, open_set
+from data_shards.packing.finish import About, finish
+from data_shards.packing.place import Place, Say, open_place, read_record, resume
+from data_shards.packing.plan import NO_NEAR, SHARD_BYTES, SHARD_SAMPLES, Options, make_plan
+from data_shards.packing.shard import Done, make_shard
+from data_shards.packing.workers import Tick, over_processes
+from data_shards.sources import Options as SourceOptions
+from data_shards.sources import open_source
+from data_shards.sources.base import MapFn, Source
+from data_shards.sources.made import Make, Sample, from_function, from_samples
+from data_shards.tarfiles import local_path
 
-SHARD_SAMPLES = 4096
-SHARD_BYTES = 256 * 1024 * 1024
+FORMAT = 1  # of what packing makes of the same input; changes when that does
 
-Progress = Callable[[int, int], None]
-MapFn = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+Progress = Callable[[int, int, int], None]  # images done, images in all, bytes of the shards so far
 
 
-class Sample(NamedTuple):
-    """One image to pack. `image` is uint8 (C, H, W), or a function that makes it when its turn comes."""
+@dataclass(frozen=True)
+class _Run:
+    """How packing goes: where its work is done and whom it tells; none of it changes what comes out."""
 
-    key: str
-    image: np.ndarray | Callable[[], np.ndarray]
-    label: int = -1
-    split: str = "train"
-    origin: str = ""  # what to call it if it turns out bad; the key if empty
+    processes: int
+    map_fn: MapFn | None
+    progress: Progress
+    say: Say
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What would be packed, for `--dry-run`."""
+
+    kind: str
+    images: int
+    classes: tuple[str, ...]
+    reference: int  # images held out
+    shards: int
+    shard_samples: int
+    notes: tuple[str, ...]
+
+
+def pack_source(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    size: int,
+    channels: int = 3,
+    *,
+    kind: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    reference: float = 0.0,
+    encoding: str = "png",
+    quality: int = QUALITY,
+    background: int = BACKGROUND,
+    keep_duplicates: bool = False,
+    near: int = 4,
+    max_bad: int = 0,
+    seed: int = 0,
+    shard_samples: int = SHARD_SAMPLES,
+    shard_bytes: int = SHARD_BYTES,
+    name: str | None = None,
+    licence: str = "unknown",
+    origin: str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    processes: int = 1,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    map_fn: MapFn | None = None,
+) -> ShardSet:
+    """Packs a folder, archive, array or table of images into the set `out`, fitted to `size` x `size` pixels.
+
+    Args:
+        source: a folder, or a .zip, .tar, .npz, .npy or .parquet file, or a folder of .parquet or WebDataset .tar files.
+        out: a folder that is not there yet, or the URL of a place in an object store.
+        channels: 1 (gray) or 3 (RGB).
+        kind: of the source, from `data_shards.sources.KINDS`; None tells it from its name and content.
+        image_column, label_column: columns, arrays or member suffixes, where they cannot be told.
+        reference: share (0 <= x < 1) of the images held out, by `seed`, as the split "reference"; drawn before all else.
+        encoding: png or webp (without loss) or jpeg, at `quality` 1 to 100.
+        background: gray value (0 to 255) that transparency is put on.
+        keep_duplicates: whether exact copies stay; else one of each is kept, a held-out one first.
+        near: number of bits of 64 in which near copies may differ to be listed in near_duplicates.csv; -1 lists none.
+        max_bad: images that cannot be read before it is an error; they are listed in the manifest with the reason.
+        shard_samples, shard_bytes: bounds of a shard.
+        scratch: folder for what a compressed source is unpacked to; beside the unfinished set if None.
+        processes: how many of this machine make shards; `map_fn` maps over the shards in their stead, as on a cluster.
+        progress: called with (images done, images in all, bytes so far).
+        say: called with sentences that a user may want to read.
+
+    Raises:
+        UserError: for a source that is missing, damaged or hostile, labels or options that do not fit, an existing `out`
+            (without `overwrite`), too many bad images, or nothing left to pack.
+    """
+    path = local_path(source).absolute()
+    options = _options(size, channels, encoding=encoding, quality=quality, background=background, seed=seed,
+                       shard_samples=shard_samples, shard_bytes=shard_bytes, near=near)
+    title = path.resolve().name
+    about = About(name or title, licence, origin or title, reference, keep_duplicates)
+    run = _Run(processes, map_fn, progress or _unseen, say or _unheard)
+    with open_place(out, overwrite) as place:
+        folder = place.work / "stage" if scratch is None else local_path(scratch).absolute()
+        opened = open_source(path, SourceOptions(folder, image_column, label_column), kind)
+        _pack(opened, place, options, about, max_bad, run, folder)
+    return open_set(out)
+
+
+def outline(
+    source: str | os.PathLike[str],
+    size: int,
+    channels: int = 3,
+    *,
+    scratch: Path,
+    kind: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    reference: float = 0.0,
+    **options: Any,
+) -> Outline:
+    """What `pack_source` would make of the same arguments; unpacks into `scratch` where it must, and writes nothing else."""
+    checked = _options(size, channels, **options)
+    opened = open_source(local_path(source), SourceOptions(scratch, image_column, label_column), kind)
+    plan = make_plan(opened, checked, reference)
+    held = int((plan.splits == SPLITS.index("reference")).sum())
+    return Outline(opened.kind, len(opened), opened.classes, held, plan.shards, plan.shard_samples, opened.notes)
 
 
 def pack_images(
@@ -60,6 +152,9 @@ def pack_images(
     name: str,
     shape: tuple[int, int, int],
     classes: Sequence[str] = (),
+    encoding: str = "png",
+    quality: int = QUALITY,
+    keep_duplicates: bool = True,
     shard_samples: int = SHARD_SAMPLES,
     shard_bytes: int = SHARD_BYTES,
     licence: str = "unknown",
@@ -67,203 +162,143 @@ def pack_images(
     seed: int = 0,
     max_bad: int = 0,
     overwrite: bool = False,
-    progress: Progress | None = None,
-    map_fn: MapFn = map,
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    say: Say | None = None,
+    map_fn: MapFn | None = None,
 ) -> ShardSet:
-    """Packs samples into the set `out`: `<key>.png`, and `<key>.cls` where there is a label, in shards of at most
-    `shard_samples` samples and about `shard_bytes` bytes. The same input and seed give the same bytes.
+    """Packs samples that are in memory, already of `shape`, into the set `out`: `<key>.png`, and `<key>.cls` where there is
+    a label. The same input and seed give the same bytes. Other arguments are as in `pack_source`, but copies stay
+    and `progress` is called with (images done, images in all).
 
-    An image that cannot be made (`BadImage`) is listed in the manifest with the reason; over `max_bad` are an error.
-    `progress(done, total)` counts samples. `map_fn` maps the encoding over samples (a pool's `imap`, or a cluster's).
-
-    Raises `UserError` if `out` exists (without `overwrite`), a key or label is not valid, or nothing is left to pack.
+    Raises `UserError` as `pack_source` does, and for a key or label that is not valid.
     """
-    check_shape(shape)
-    if shard_samples < 1 or shard_bytes < 1 or seed < 0:
-        raise UserError(f"shard_samples {shard_samples} and shard_bytes {shard_bytes} must be >= 1, seed {seed} >= 0")
-    listed = _checked(samples, name, len(classes))
-    target = local_path(out)
-    with new_folder(target, overwrite) as folder:
-        order = np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(listed)), kind="stable")
-        ordered = [listed[index] for index in order]
-        bad: list[tuple[str, str]] = []
-        encoded = _encoded(ordered, map_fn, partial(_encode, shape), bad, max_bad, progress)
-        shards, rows = _write_shards(folder, encoded, shard_samples, shard_bytes)
-        if not rows:
-            raise UserError(f"no image is left to pack into {target}; the first was left out because {bad[0][1]}")
-        table = as_columns(rows)
-        manifest = Manifest(
-            name=name,
-            image_shape=shape,
-            classes=tuple(classes),
-            licence=licence,
-            source=source,
-            splits={split: int((table["split"] == index).sum()) for index, split in enumerate(SPLITS)},
-            packing={"seed": seed},
-            bad=tuple(sorted(bad)),
-            shards=tuple(shards),
+    opened = from_samples(list(samples), name, classes)
+    options = Options(shape, encoding, quality, BACKGROUND, seed, shard_samples, shard_bytes, NO_NEAR)
+    about = About(name, licence, source, None, keep_duplicates)
+    shown = _unseen if progress is None else lambda done, total, _written: progress(done, total)
+    run = _Run(processes, map_fn, shown, say or _unheard)
+    with open_place(out, overwrite) as place:
+        _pack(opened, place, options, about, max_bad, run)
+    return open_set(out)
+
+
+def pack_arrays(
+    make: Make,
+    count: int,
+    out: str | os.PathLike[str],
+    *,
+    name: str,
+    shape: tuple[int, int, int],
+    identity: str,
+    classes: Sequence[str] = (),
+    provenance: Mapping[str, Any] | None = None,
+    reference: float = 0.0,
+    encoding: str = "png",
+    quality: int = QUALITY,
+    keep_duplicates: bool = True,
+    near: int = NO_NEAR,
+    shard_samples: int = SHARD_SAMPLES,
+    shard_bytes: int = SHARD_BYTES,
+    licence: str = "unknown",
+    source: str = "generated",
+    seed: int = 0,
+    overwrite: bool = False,
+    processes: int = 1,
+    progress: Progress | None = None,
+    say: Say | None = None,
+    map_fn: MapFn | None = None,
+) -> ShardSet:
+    """Packs the images that `make(0)` to `make(count - 1)` give, each (uint8 (C, H, W) of `shape`, label or -1).
+
+    `make` gives the same for the same number in any process; for several processes it can be pickled. `identity` changes
+    when what it makes does: a killed pack of the same identity goes on. `provenance` stands in the manifest (checkpoint,
+    its hash, seed, truncation). Other arguments are as in `pack_source`, but copies stay and near ones are not looked for.
+
+    Raises `UserError` as `pack_source` does.
+    """
+    opened = from_function(make, count, classes, identity)
+    options = Options(shape, encoding, quality, BACKGROUND, seed, shard_samples, shard_bytes, near)
+    about = About(name, licence, source, reference, keep_duplicates, dict(provenance or {}))
+    run = _Run(processes, map_fn, progress or _unseen, say or _unheard)
+    with open_place(out, overwrite) as place:
+        _pack(opened, place, options, about, 0, run)
+    return open_set(out)
+
+
+def _options(size: int, channels: int, **others: Any) -> Options:
+    if size < 1 or channels not in (1, 3):
+        raise UserError(f"size {size} must be at least 1 pixel and channels {channels} must be 1 (gray) or 3 (RGB)")
+    return Options((channels, size, size), **others)
+
+
+def _pack(
+    source: Source, place: Place, options: Options, about: About, max_bad: int, run: _Run, stage: Path | None = None
+) -> None:
+    """Makes the shards that are not there yet, and of all of them the set."""
+    plan = make_plan(source, options, about.reference or 0.0)
+    finished = resume(place, _identity(source, options, about, plan.shard_samples), plan.shards, run.say)
+    if source.stage is not None and stage is not None:
+        run_map = run.map_fn or (lambda work, jobs: over_processes(partial(_alone, work), jobs, run.processes, _ignored))
+        source = source.stage(stage, run_map)
+    done = sum(record.rows + len(record.bad) for record in finished.values())
+    written, total = sum(record.size for record in finished.values()), len(source)
+
+    def tick(images: int, size: int) -> None:
+        nonlocal done, written
+        done, written = done + images, written + size
+        run.progress(done, total, written)
+
+    bad = sorted(entry for record in finished.values() for entry in record.bad)
+    _check_bad(bad, max_bad)
+    tick(0, 0)
+    work = partial(make_shard, options, place, max_bad)
+    tasks = plan.tasks(source, frozenset(finished))
+    if run.map_fn is None:
+        results = over_processes(work, tasks, min(run.processes, plan.shards - len(finished)), tick)
+    else:
+        results = map(_counted, run.map_fn(work, tasks), iter(lambda: tick, None))
+    for result in results:
+        bad += result.bad
+        _check_bad(bad, max_bad)
+    records = finished | {number: read_record(place, number) for number in range(plan.shards) if number not in finished}
+    finish(place, plan, records, source, about, run.say)
+
+
+def _check_bad(bad: list[tuple[str, str]], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        raise UserError(
+            f"{len(bad)} bad image(s), more than the {max_bad} allowed: {bad[-1][0]}: {bad[-1][1]}; remove it,"
+            " or allow more with --max-bad"
         )
-        write_set(folder, manifest, table)
-    return open_set(target)
 
 
-@contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Gives an empty sibling of `target` to fill, and renames it to `target` if the block ends well.
-
-    Raises `UserError` if `target` is there and `overwrite` is not set or it is no set, if it cannot be written, or if
-    another process is filling it.
-    """
-    if target.exists() or target.is_symlink():
-        if not overwrite:
-            raise UserError(f"{target} exists already; choose another folder, or overwrite it with --overwrite")
-        if not (target / MANIFEST).is_file():
-            raise UserError(
-                f"{target} is not a set of shards and is not overwritten; remove it or choose another folder"
-            )
-    draft = target.parent / f".{target.name}.partial"
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}); choose another folder") from None
-    try:
-        _lock(descriptor, draft, target)
-        for entry in draft.iterdir():  # what a killed process left behind; the lock says that none is writing
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield draft
-            _replace_folder(draft, target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+def _identity(source: Source, options: Options, about: About, shard_samples: int) -> str:
+    """What finished shards must agree in to be gone on from; "" for a source that cannot be known again."""
+    if not source.fingerprint:
+        return ""
+    made = replace(options, near=min(options.near, 0), shard_samples=shard_samples, shard_bytes=0)
+    content = [FORMAT, PIL.__version__, source.kind, source.fingerprint, len(source), source.classes, asdict(made),
+               about.reference, about.keep_duplicates]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _lock(descriptor: int, draft: Path, target: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between our open and our lock, another process may have finished and renamed this very folder.
-        ours = draft.exists() and os.path.samestat(os.fstat(descriptor), draft.stat())
-    except BlockingIOError:
-        ours = False
-    if not ours:
-        raise UserError(f"another process is writing {target}; wait for it or choose another folder")
+def _counted(result: Done, tick: Tick) -> Done:
+    tick(result.images, result.size)
+    return result
 
 
-def _replace_folder(new: Path, target: Path) -> None:
-    sync(new)
-    old = target.parent / f".{target.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _alone(work: Callable[[Any], Any], task: Any, _tick: Tick) -> Any:
+    return work(task)
 
 
-def _checked(samples: Iterable[Sample], name: str, classes: int) -> list[Sample]:
-    listed = list(samples)
-    if not listed:
-        raise UserError(f"set {name!r} would hold no image; give at least one")
-    seen: set[str] = set()
-    for sample in listed:
-        check_key(sample.key, f"set {name!r}")
-        if "." in sample.key.rpartition("/")[2]:
-            raise UserError(
-                f"the sample key {sample.key!r} holds a dot, where webdataset would cut it; replace the dot"
-            )
-        if len(sample.key) > 90:
-            raise UserError(f"the sample key {sample.key!r} is longer than 90 characters; shorten it")
-        if sample.key in seen:
-            raise UserError(f"the sample key {sample.key!r} occurs twice in set {name!r}; keys must be unique")
-        if not -1 <= sample.label < max(1, classes) or (sample.label >= 0 and not classes):
-            raise UserError(
-                f"sample {sample.key!r} has the label {sample.label}, but set {name!r} has {classes} classes"
-            )
-        if sample.split not in SPLITS:
-            raise UserError(f"sample {sample.key!r} has the split {sample.split!r}; splits are {', '.join(SPLITS)}")
-        seen.add(sample.key)
-    return listed
+def _unheard(_sentence: str) -> None:
+    return None
 
 
-def _encode(shape: tuple[int, int, int], sample: Sample) -> bytes | str:
-    """PNG bytes, or the reason why there are none."""
-    try:
-        image = sample.image() if callable(sample.image) else sample.image
-        if image.shape != shape:
-            raise BadImage(f"its shape is {image.shape}, not {shape}")
-        return encode_png(image)
-    except BadImage as error:
-        return str(error)
+def _unseen(_done: int, _total: int, _written: int) -> None:
+    return None
 
 
-def _encoded(
-    ordered: list[Sample],
-    map_fn: MapFn,
-    encode: Callable[[Sample], bytes | str],
-    bad: list[tuple[str, str]],
-    max_bad: int,
-    progress: Progress | None,
-) -> Iterator[tuple[Sample, bytes]]:
-    for done, (sample, result) in enumerate(zip(ordered, map_fn(encode, ordered), strict=True), start=1):
-        if isinstance(result, bytes):
-            yield sample, result
-        else:
-            bad.append((sample.origin or sample.key, result))
-            if len(bad) > max_bad:
-                raise UserError(
-                    f"{len(bad)} bad image(s), more than the {max_bad} allowed: {bad[-1][0]}: {bad[-1][1]}; remove it,"
-                    " or allow more with --max-bad"
-                )
-        if progress:
-            progress(done, len(ordered))
-
-
-class _HashedFile:
-    """A write-only file that knows its sha256 and size."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-
-def _write_shards(
-    folder: Path, encoded: Iterator[tuple[Sample, bytes]], shard_samples: int, shard_bytes: int
-) -> tuple[list[Shard], list[tuple[Any, ...]]]:
-    """Writes shards until the samples end; returns them and the rows of `samples.npy`."""
-    shards: list[Shard] = []
-    rows: list[tuple[Any, ...]] = []
-    following = next(encoded, None)
-    while following is not None:
-        name = f"shard-{len(shards):06d}.tar"
-        temporary, before = folder / f".{name}.tmp", len(rows)
-        with temporary.open("wb") as file:
-            stream = _HashedFile(file)
-            with wds.TarWriter(stream, encoder=False, mtime=0, compress=False) as writer:
-                writer.tarstream.format = tarfile.USTAR_FORMAT  # its default, pax, hides long names in extra members
-                while following is not None and len(rows) - before < shard_samples:
-                    if len(rows) > before and writer.tarstream.offset >= shard_bytes:
-                        break
-                    sample, data = following
-                    rows.append(_write_sample(writer, sample, data))
-                    following = next(encoded, None)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, folder / name)
-        shards.append(Shard(name=name, size=stream.size, sha256=stream.hash.hexdigest(), samples=len(rows) - before))
-    return shards, rows
-
-
-def _write_sample(writer: Any, sample: Sample, data: bytes) -> tuple[Any, ...]:
-    content: dict[str, Any] = {"__key__": sample.key, "png": data}
-    if sample.label >= 0:
-        content["cls"] = str(sample.label).encode()
-    writer.write(content)
-    # Members are written in the order of their suffixes, so the image is the last one.
-    offset = writer.tarstream.offset - -(-len(data) // BLOCK) * BLOCK
-    return offset, len(data), zlib.crc32(data), sample.label, SPLITS.index(sample.split), 0, sample.key.encode()
+def _ignored(_images: int, _size: int) -> None:
+    return None

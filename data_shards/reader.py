@@ -1,6 +1,6 @@
 """Shards to batches, through webdataset, in the order that `order.py` defines.
 
-webdataset gets a source of batches and explicit stages; its URL opener, its splitters and its default decoder are
+webdataset gets a source and explicit stages; its URL opener, its splitters and its default decoder are
 not used, because they run commands and pickles out of shards and drop samples without a word.
 """
 
@@ -83,11 +83,10 @@ def batches(
     shape = parts[0].shard_set.manifest.image_shape
     total = sum(len(order.ids) for order in orders)
     cached = total * int(np.prod(shape)) <= cache_bytes
-    store = _Store(total if cached else (AHEAD + 1) * max(1, workers) * batch // world, shape, cached)
+    kept = _Kept(total if cached else (AHEAD + 1) * max(1, workers) * batch // world, shape, cached)
     feed = _Feed(parts, mix(orders, [part.weight for part in parts]), images_seen, batch, rank, world)
     pipeline = wds.DataPipeline(
-        partial(_groups, feed, store),
-        partial(_filled, feed, store),
+        partial(_batches, feed, kept),
         _errors_as_items,
     )
     loader = wds.WebLoader(
@@ -96,12 +95,12 @@ def batches(
         num_workers=workers,
         collate_fn=_unchanged,
         prefetch_factor=AHEAD if workers else None,
-        # The store is memory that a fork shares.
+        # What is kept is memory that a fork shares.
         multiprocessing_context="fork" if workers else None,
         # Its own generator: the default draws from torch's global one and so would change the training's noise.
         generator=torch.Generator().manual_seed(0),
     )
-    return _received(iter(loader), store, pin_memory and torch.cuda.is_available())
+    return _received(iter(loader), kept, pin_memory and torch.cuda.is_available())
 
 
 def load_images(shard_set: ShardSet, indices: Iterable[int] | np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +134,7 @@ class _Feed:
     world: int
 
 
-class _Store:
+class _Kept:
     """Decoded images in memory that forked workers share, so that no pixel goes through a pipe.
 
     Either all images that a feed may read, each decoded once (`cached`), or the batches under way: batch n lies where
@@ -148,17 +147,10 @@ class _Store:
         # Set after the image is whole. Two workers may decode the same one; both write the same bytes.
         self.filled = np.frombuffer(mmap.mmap(-1, count), np.uint8) if cached else None
 
-    def missing(self, slots: np.ndarray) -> np.ndarray:
-        """Which entries of `slots` are to be decoded, each slot once."""
-        if self.filled is None:
-            return np.arange(len(slots))
-        distinct, entries = np.unique(slots, return_index=True)
-        return entries[self.filled[distinct] == 0]
-
 
 @dataclass
 class _Group:
-    """Batches one after the other, before reading: for each image its part, its sample id, and its slot in the store."""
+    """Batches of one loader process, one after the other: for each image its part, its sample id and its place in `_Kept`."""
 
     numbers: range
     parts: np.ndarray
@@ -167,7 +159,7 @@ class _Group:
 
 
 class _Travelling(NamedTuple):
-    """A batch on its way between processes; its images are in the store."""
+    """A `Batch` on its way between processes: its images stay where `slots` says."""
 
     slots: np.ndarray
     labels: np.ndarray
@@ -176,9 +168,9 @@ class _Travelling(NamedTuple):
     images_seen: int
 
 
-def _groups(feed: _Feed, store: _Store) -> Iterator[_Group]:
-    """The source: the batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which
-    the loader takes in turn.
+def _groups(feed: _Feed, kept: _Kept) -> Iterator[_Group]:
+    """The batches of this loader process, some at once: worker w of n makes the batches w, w + n, ..., which the loader
+    takes in turn.
     """
     worker = get_worker_info()
     first, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -189,8 +181,8 @@ def _groups(feed: _Feed, store: _Store) -> Iterator[_Group]:
         numbers = range(begin, begin + step * at_once, step)
         where = [positions(feed.images_seen + n * feed.batch, feed.batch, feed.rank, feed.world) for n in numbers]
         parts, ids = locate(feed.mixture, np.concatenate(where))
-        if store.filled is None:
-            slots = np.concatenate([n * local + np.arange(local) for n in numbers]) % len(store.images)
+        if kept.filled is None:
+            slots = np.concatenate([np.arange(local) + n * local for n in numbers]) % len(kept.images)
         else:
             slots = np.empty(len(ids), np.int64)
             for part in np.unique(parts):
@@ -199,21 +191,22 @@ def _groups(feed: _Feed, store: _Store) -> Iterator[_Group]:
         yield _Group(numbers, parts, ids, slots)
 
 
-def _filled(feed: _Feed, store: _Store, groups: Iterator[_Group]) -> Iterator[_Travelling]:
-    """Reads the images of one batch after the other into the store. While one group is read, the next is being fetched."""
+def _batches(feed: _Feed, kept: _Kept) -> Iterator[_Travelling]:
+    """The source: one batch after the other. While one group of batches is read, the next is being fetched."""
     files, of_set = [ShardFiles(one) for one in distinct_sets(feed.parts)], set_numbers(feed.parts)
     local = feed.batch // feed.world
+    groups = _groups(feed, kept)
     coming = next(groups)
     try:
         while True:
             group, coming = coming, next(groups)
-            wanted = np.sort(store.missing(coming.slots))
+            wanted = _missing(kept, coming.slots)
             for number, one in enumerate(files):
                 one.prefetch(coming.ids[wanted[of_set[coming.parts[wanted]] == number]])
             for place, number in enumerate(group.numbers):
                 span = slice(place * local, (place + 1) * local)
                 parts, ids, slots = group.parts[span], group.ids[span], group.slots[span]
-                _fill(store, files, of_set[parts], ids, slots)
+                _fill(kept, files, of_set[parts], ids, slots)
                 labels, names = labels_of(feed.parts, parts, ids), gather(feed.parts, parts, ids, "key")
                 yield _Travelling(slots, labels, parts, names, feed.images_seen + (number + 1) * feed.batch)
     finally:
@@ -221,15 +214,24 @@ def _filled(feed: _Feed, store: _Store, groups: Iterator[_Group]) -> Iterator[_T
             one.__exit__()
 
 
-def _fill(store: _Store, files: list[ShardFiles], from_set: np.ndarray, ids: np.ndarray, slots: np.ndarray) -> None:
-    wanted = store.missing(slots)
+def _missing(kept: _Kept, slots: np.ndarray) -> np.ndarray:
+    """Which entries have to be read: those whose image is not kept yet, each image once."""
+    if kept.filled is None:
+        return np.arange(len(slots))
+    distinct, entries = np.unique(slots, return_index=True)
+    return np.sort(entries[kept.filled[distinct] == 0])
+
+
+def _fill(kept: _Kept, files: list[ShardFiles], from_set: np.ndarray, ids: np.ndarray, slots: np.ndarray) -> None:
+    """Reads and decodes what is missing of a batch."""
+    wanted = _missing(kept, slots)
     for number in np.unique(from_set[wanted]).tolist():
         entries = wanted[from_set[wanted] == number]
-        data = files[number].read(ids[entries])
-        for index, slot, encoded in zip(ids[entries].tolist(), slots[entries].tolist(), data, strict=True):
-            _decode(files[number], index, encoded, store.images[slot])
-            if store.filled is not None:
-                store.filled[slot] = 1
+        found = zip(ids[entries].tolist(), slots[entries].tolist(), files[number].read(ids[entries]), strict=True)
+        for index, slot, data in found:
+            _decode(files[number], index, data, kept.images[slot])
+            if kept.filled is not None:
+                kept.filled[slot] = 1
 
 
 def _decode(files: ShardFiles, index: int, data: bytes, out_CHW: np.ndarray) -> None:
@@ -248,13 +250,18 @@ def _errors_as_items(items: Iterable[_Travelling]) -> Iterator[_Travelling | Use
         yield error
 
 
-def _received(items: Iterator[_Travelling | UserError], store: _Store, pin_memory: bool) -> Iterator[Batch]:
+def _received(items: Iterator[_Travelling | UserError], kept: _Kept, pin_memory: bool) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, UserError):
             raise item
-        images = torch.from_numpy(store.images[item.slots])
-        labels, parts = torch.from_numpy(item.labels), torch.from_numpy(item.parts)
-        yield Batch(images.pin_memory() if pin_memory else images, labels, parts, item.names, item.images_seen)
+        images = torch.from_numpy(kept.images[item.slots])
+        yield Batch(
+            images.pin_memory() if pin_memory else images,
+            torch.from_numpy(item.labels),
+            torch.from_numpy(item.parts),
+            item.names,
+            item.images_seen,
+        )
 
 
 def _unchanged(item: Any) -> Any:

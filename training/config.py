@@ -105,11 +105,11 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
     return result
 
 
-def build(model: type[ConfigT], tree: Mapping[str, Any], *, where: str) -> ConfigT:
-    """Validate ``tree`` against ``model``.
+def build(model: type[ConfigT], tree: Mapping[str, Any], *, where: str, overrides: Iterable[str] = ()) -> ConfigT:
+    """Validate ``tree`` against ``model``; ``overrides`` are the dotted keys in it that were set beside ``where``.
 
     Raises:
-        UserError: one sentence naming the first wrong key or value of ``where`` and the remedy.
+        UserError: one sentence naming the first wrong key or value, where it came from, and the remedy.
     """
     try:
         return model.model_validate(tree)
@@ -117,13 +117,28 @@ def build(model: type[ConfigT], tree: Mapping[str, Any], *, where: str) -> Confi
         found = error.errors()
         # A misspelt key explains a missing one, so it is named first.
         first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+        origin = _origin(".".join(_location(first)), where, overrides)
         if isinstance(first.get("ctx", {}).get("error"), UserError):
-            raise UserError(f"{where}: {first['ctx']['error']}") from None
-        raise UserError(f"{where}: {_explain(model, first)}") from None
+            raise UserError(f"{origin}: {first['ctx']['error']}") from None
+        raise UserError(f"{origin}: {_explain(model, first)}") from None
+
+
+def _origin(dotted: str, where: str, overrides: Iterable[str]) -> str:
+    """The --set arguments that an error at ``dotted`` may come from; the file alone where there is none."""
+    overrides = list(overrides)
+    exact = [key for key in overrides if key == dotted or dotted.startswith(f"{key}.")]
+    if exact:
+        return f"--set {exact[-1]}"
+    within = [f"--set {key}" for key in overrides if not dotted or key.startswith(f"{dotted}.")]
+    return " ".join([where, "with", *within]) if within else where
+
+
+def _location(error: Any) -> list[str]:
+    return [str(part) for part in error["loc"] if part not in ("float", "int") and not str(part).startswith("list[")]
 
 
 def _explain(model: type[Config], error: Any) -> str:
-    location = [str(part) for part in error["loc"] if part not in ("float", "int") and not str(part).startswith("list[")]
+    location = _location(error)
     dotted = ".".join(location)
     if error["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(dotted, list(field_paths(model)), n=1, cutoff=0.5)

@@ -6,7 +6,7 @@ them reads here too, with those two left alone, so that ``python -m training REC
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -140,18 +140,29 @@ def read_recipe(model: type[RecipeT], name: str, overrides: Mapping[str, Any] | 
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise UserError(f"{path}{_place(error)} is not valid YAML: {_problem(error)}.") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a mapping of recipe keys; start from `graft recipes show smoke`.")
     tree = apply_overrides(tree, overrides or {})
     tree.setdefault("name", path.stem)
-    return resolve(model, tree, where=str(path))
+    return resolve(model, tree, where=str(path), overrides=overrides or ())
 
 
-def resolve(model: type[RecipeT], tree: Mapping[str, Any], *, where: str) -> RecipeT:
+def _place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}, column {mark.column + 1}," if mark else ""
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """What the parser found, without its excerpt of the file."""
+    said = getattr(error, "problem", None) or str(error).partition("\n")[0]
+    return " ".join(said.split()).rstrip(".")
+
+
+def resolve(model: type[RecipeT], tree: Mapping[str, Any], *, where: str, overrides: Iterable[str] = ()) -> RecipeT:
     """Validate a recipe's tree, with the sections of packages above left out where ``model`` has none."""
     known = {key: value for key, value in tree.items() if key in model.model_fields or key not in HIGHER_SECTIONS}
-    return build(model, known, where=where)
+    return build(model, known, where=where, overrides=overrides)
 
 
 def per_worker_batch(batch: int, workers: int, streams: int) -> int:

@@ -1,26 +1,87 @@
-"""Pictures from a checkpoint."""
+"""What a checkpoint's generator makes: a grid of pictures, or a set of shards that is a source like any other."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from training.checkpoint import load_checkpoint
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_shards import ShardSet, pack_arrays
+from data_shards.errors import UserError
+from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.draws import latents
 from training.networks import load_weights, make_networks
 from training.pictures import generate, save_grid
 from training.recipe import TrainingRecipe, resolve
 
+CHUNK = 256  # images that are generated at once; image i comes of draw i // CHUNK, whatever is asked for
 
-def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0) -> Path:
+
+def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, truncation: float | None = None) -> Path:
     """Write a PNG grid of ``count`` images of the checkpoint's averaged generator; the same seed draws the same latents.
 
     Raises:
         UserError: when the checkpoint is damaged or is no generator's.
     """
+    network, recipe, _ = _averaged_generator(checkpoint)
+    z = latents(seed, "samples", 0, count, recipe.training.generator.latent_dim)
+    save_grid(generate(network, truncated(z, truncation)), out, columns=max(1, round(count**0.5)))
+    return out
+
+
+def sample_shards(checkpoint: Path, out: str, count: int, seed: int = 0, truncation: float | None = None, *,
+                  overwrite: bool = False, progress: Callable[[int, int, int], None] | None = None,
+                  say: Callable[[str], None] | None = None) -> ShardSet:
+    """Pack ``count`` images of the checkpoint's averaged generator as the set ``out``, with where they come from.
+
+    The set's provenance names the checkpoint and its hash, the seed and the truncation. A killed call goes on.
+
+    Raises:
+        UserError: when the checkpoint is damaged or is no generator's, or ``out`` is there already.
+    """
+    network, recipe, state = _averaged_generator(checkpoint)
+    provenance = {"checkpoint": str(checkpoint), "checkpoint_sha256": checkpoint_hash(checkpoint),
+                  "images_seen": state["images"], "network": "generator_ema", "seed": seed, "truncation": truncation}
+    known: dict[int, np.ndarray] = {}
+
+    def make(number: int) -> tuple[np.ndarray, int]:
+        chunk = number // CHUNK
+        if chunk not in known:
+            known.clear()
+            z = latents(seed, "synthetic", chunk, CHUNK, recipe.training.generator.latent_dim)
+            known[chunk] = generate(network, truncated(z, truncation)).numpy()
+        return known[chunk][number % CHUNK], -1
+
+    identity = f"{provenance['checkpoint_sha256']} {seed} {truncation}"
+    return pack_arrays(make, count, out, name=f"{recipe.name}-synthetic", shape=tuple(state["image_shape"]), identity=identity,
+                       provenance=provenance, licence="generated", overwrite=overwrite, progress=progress, say=say)
+
+
+def truncated(z: Tensor, threshold: float | None) -> Tensor:
+    """Standard normal latents (N, d) moved, each in its rank, to the normal distribution cut off at +-``threshold``.
+
+    The truncation trick of BigGAN (Brock et al. 2019, section 3.1) by the inverse of the distribution function instead of
+    by drawing again, so that a picture changes smoothly with the threshold.
+
+    Raises:
+        UserError: when ``threshold`` is not over 0.
+    """
+    if threshold is None:
+        return z
+    if not threshold > 0:
+        raise UserError(f"truncation {threshold} must be over 0; 2 cuts little off, 0.5 much.")
+    cut = 0.5 * (1 + math.erf(-threshold / math.sqrt(2)))
+    return torch.special.ndtri(cut + torch.special.ndtr(z.double()) * (1 - 2 * cut)).clamp(-threshold, threshold).to(z)
+
+
+def _averaged_generator(checkpoint: Path) -> tuple[nn.Module, TrainingRecipe, dict[str, Any]]:
     tensors, state = load_checkpoint(checkpoint, ("generator_ema",))
     recipe = resolve(TrainingRecipe, state["recipe"], where=str(checkpoint))
     network = make_networks(recipe.training, tuple(state["image_shape"]), 0)["generator"]
     load_weights(network, tensors["generator_ema"], what=f"{checkpoint}/generator_ema.safetensors")
-    z = latents(seed, "samples", 0, count, recipe.training.generator.latent_dim)
-    save_grid(generate(network, z), out, columns=max(1, round(count**0.5)))
-    return out
+    return network, recipe, state

@@ -16,6 +16,8 @@ from training.metrics.features import FeatureNet, load_feature_net
 from training.source import open_cached
 from training.world import device
 
+HELD_BACK = 8  # images of the pool, at least, that no method trains on
+
 
 @functools.lru_cache(maxsize=2)
 def feature_net(name: str, run: str) -> FeatureNet:
@@ -42,12 +44,10 @@ def support_indices(images: ShardSet, shots: int, seed: int) -> tuple[int, ...]:
         UserError: when the pool has fewer than ``shots`` images and some to hold back.
     """
     pool = images.indices("train")
-    if len(pool) < shots:
-        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, fewer than "
-                        f"adaptation.shots = {shots}; lower it or pack more images.")
-    if len(pool) < shots + 8:
-        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool, which leaves fewer than 8 "
-                        f"beside {shots} shots to choose candidates on; lower adaptation.shots or pack more images.")
+    if len(pool) < shots + HELD_BACK:
+        raise UserError(f"the target set {images.path} has {len(pool)} images in its support pool and needs at least "
+                        f"{shots + HELD_BACK}: adaptation.shots = {shots} to train on and {HELD_BACK} held back to choose "
+                        "candidates on; lower adaptation.shots or pack more images.")
     order = torch.randperm(len(pool), generator=generator(seed, "support", 0))
     return tuple(int(pool[i]) for i in order[:shots])
 

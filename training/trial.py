@@ -31,6 +31,7 @@ from training.loop import NonFinite, Plan, State, train
 from training.methods import METHODS
 from training.metrics.copying import nearest_support
 from training.metrics.kid import kid
+from training.metrics.likeness import Pictures
 from training.metrics.score import contract, score
 from training.networks import load_start, load_weights, make_networks
 from training.optimizers import OptimizerConfig
@@ -136,7 +137,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
         row["status"] = "finished" if state.images >= config.images else "running"
         if trial.phase == "final":
             row |= score(seen["features"], features["reference"], features["support"], features["held_back"],
-                         seed=trial.seed, net=recipe.evaluation.net)
+                         seed=trial.seed, net=recipe.evaluation.net,
+                         pictures=Pictures(seen["images"], target.support, target.held_back))
             row["contract"] = contract(extractor, target.reference_sha256, len(z), len(target.reference), _version())
         save_grid(seen["images"][:32], folder / "samples.png")
         _save_nearest(seen["images"][:8], seen["features"][:8], target.support, features["support"],
@@ -179,8 +181,9 @@ def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_pa
     load_weights(network, tensors["generator_ema"], what=f"{row['checkpoint']}/generator_ema.safetensors")
     z = latents(row["seed"], "evaluation", 0, samples or recipe.evaluation.samples, recipe.training.generator.latent_dim)
     extractor = feature_net(net, str(run))
-    fake = extractor.extract(generate(network, z))
-    scores = score(fake, features["reference"], features["support"], features["held_back"], seed=row["seed"], net=net)
+    images = generate(network, z)
+    scores = score(extractor.extract(images), features["reference"], features["support"], features["held_back"],
+                   seed=row["seed"], net=net, pictures=Pictures(images, target.support, target.held_back))
     found = contract(extractor, target.reference_sha256, len(z), len(target.reference), _version())
     return {**row, **scores, "contract": found}
 

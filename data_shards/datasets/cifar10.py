@@ -18,7 +18,7 @@ from data_shards.datasets.download import Archive
 from data_shards.datasets.plan import SIDE, SetPlan
 from data_shards.errors import BadImage, UserError
 from data_shards.images import open_image
-from data_shards.pack import Sample
+from data_shards.sources.made import Sample
 
 ARCHIVE = Archive(
     registry="npm",

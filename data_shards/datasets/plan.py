@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from data_shards.pack import SHARD_SAMPLES, Sample
+from data_shards.packing.plan import SHARD_SAMPLES
+from data_shards.sources.made import Sample
 
 SIDE = 32  # pixels: all the drawings below share one size and one polarity, ink 255 on black 0
 POOL = 50  # images in a target's support pool, its split "train"

@@ -18,7 +18,7 @@ import numpy as np
 from data_shards.datasets.download import Archive
 from data_shards.datasets.plan import POOL, SIDE, SetPlan
 from data_shards.errors import UserError
-from data_shards.pack import Sample
+from data_shards.sources.made import Sample
 
 ARCHIVE = Archive(
     registry="npm",

@@ -104,7 +104,29 @@ def test_a_wrong_key_names_the_nearest_right_one(elsewhere: Path, capsys: pytest
     assert "'fanout" in said
     assert "'training.batch'" not in mistake(capsys, "run", "smoke", "--set", "training.batch=0", "--dry-run")
     assert "KEY=VALUE" in mistake(capsys, "run", "smoke", "--set", "training.batch", "--dry-run")
+    said = mistake(capsys, "run", "smoke", "--set", "seed=1", "--set", "training.batch=0", "--dry-run")
+    assert said.startswith("graft: --set training.batch: training.batch = 0 is refused") and "smoke.yaml" not in said
+    said = mistake(capsys, "run", "smoke", "--set", "adaptation.batch=4000", "--dry-run")
+    assert "smoke.yaml with --set adaptation.batch: adaptation.images = 64" in said
     assert not list(elsewhere.iterdir())
+
+
+def test_broken_yaml_is_one_sentence_with_its_line(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "mine.yaml").write_text("data:\n  source: x\n training: {images: 3\nseed: 1\n")
+    said = mistake(capsys, "run", "mine.yaml", "--dry-run")
+    assert said.startswith("graft: mine.yaml, line 3, column ") and len(said) < 150 and "^" not in said
+
+
+def test_a_dry_run_says_which_sets_would_be_fetched(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "smoke", "--dry-run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "quickdraw/source, quickdraw/validation/sun not in data; would be fetched (quickdraw)" in said
+    for name in ("quickdraw/source", "quickdraw/validation/sun"):
+        (elsewhere / "data" / name).mkdir(parents=True)
+        (elsewhere / "data" / name / "manifest.json").touch()
+    assert main(["run", "smoke", "--dry-run"]) == 0
+    assert "all sets are in data" in capsys.readouterr().out
+    assert "no set at" in mistake(capsys, "run", "smoke", "--set", "data.source=mine", "--dry-run")
 
 
 def test_folders_that_do_not_fit_are_one_sentence(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +149,18 @@ def test_a_sample_names_the_trials_there_are(elsewhere: Path, capsys: pytest.Cap
     assert "abc123" in mistake(capsys, "sample", "run", "--out", "grid.png", "--trial", "xyz")
     assert "graft pretrain" in mistake(capsys, "sample", "run", "--out", "grid.png")
     assert "pretrain, meta" in mistake(capsys, "sample", "run", "--out", "grid.png", "--stage", "fanout")
+
+
+def test_a_sample_without_out_lies_in_the_run(elsewhere: Path, capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    import training.sample
+
+    (elsewhere / "run" / "domains" / "apple" / "abc123" / "best").mkdir(parents=True)
+    (elsewhere / "run" / "recipe.yaml").touch()
+    monkeypatch.setattr(training.sample, "sample_grid", lambda checkpoint, out, count, seed, truncation: out.touch())
+    assert main(["sample", "run", "--trial", "abc123"]) == 0
+    assert capsys.readouterr().out.strip() == "run/grid-abc123.png"
+    assert (elsewhere / "run" / "grid-abc123.png").exists()
 
 
 def test_a_folder_is_packed_described_and_verified(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:

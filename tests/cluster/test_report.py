@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from cluster.report import build_report, leaderboard_text
 from cluster.report_charts import Point, Series, line_chart, linear_ticks, log_ticks, spread
-from cluster.report_text import decimals, headline, number
+from cluster.report_text import caveat, decimals, headline, metric_name, number
 from data_shards.errors import UserError
 from training.events import append_event
 
@@ -216,6 +216,25 @@ def test_the_headline_counts_domains_and_leaves_out_the_disqualified(run: Path) 
         "Full fine-tuning helped on 2 of 4 domains; negative on 1; 1 disqualified for copying.",
         "Reptile helped on none of 1 domain; negative on none."]
     assert headline([], []) == []
+
+
+def test_a_short_budget_or_few_seeds_are_said_beside_the_headline(tmp_path: Path) -> None:
+    run = synthetic_run(tmp_path / "run", DOMAINS[:1])
+    rows, verdicts = [{"images_budget": 400}], [{"seeds": 5}]
+    assert "400 images per trial is a short budget" in caveat(rows, verdicts)
+    assert "2 seeds" in caveat([{"images_budget": 5000}], [{"seeds": 2}])
+    assert caveat([{"images_budget": 1000}], verdicts) == caveat(rows, []) == ""
+    board = json.loads((run / "leaderboard.json").read_text())
+    for row in board["rows"]:
+        row["images_budget"] = 64
+    (run / "leaderboard.json").write_text(json.dumps(board))
+    assert "verdicts favour transfer" in build_report(run).read_text()
+
+
+def test_metrics_are_named_in_words(page: str) -> None:
+    assert metric_name("some/new_one") == "some new one"
+    words = text_of(page)
+    assert not [name for name in ("data_wait", "images_per_second", "discriminator/", "selection_kid") if name in words]
 
 
 def test_pictures_are_embedded_and_in_rows_of_cells(page: str) -> None:

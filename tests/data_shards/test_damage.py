@@ -23,27 +23,33 @@ from tests.data_shards.conftest import MakeSet, picture
 Rng = np.random.Generator
 
 
-def flip(data: bytes, rng: Rng) -> bytes:
+def flip(data: bytes, _other: bytes, rng: Rng) -> bytes:
     copy = bytearray(data)
     copy[rng.integers(len(data))] ^= 1 << rng.integers(8)
     return bytes(copy)
 
 
-def truncate(data: bytes, rng: Rng) -> bytes:
+def truncate(data: bytes, _other: bytes, rng: Rng) -> bytes:
     return data[: rng.integers(len(data))]
 
 
-def empty(_data: bytes, _rng: Rng) -> bytes:
+def empty(_data: bytes, _other: bytes, _rng: Rng) -> bytes:
     return b""
 
 
-def zero_block(data: bytes, rng: Rng) -> bytes:
+def exchange(data: bytes, other: bytes, _rng: Rng) -> bytes:
+    """Another shard of the set in its place, in the same length, which the check of sizes would not see."""
+    return other[: len(data)].ljust(len(data), b"\0")
+
+
+def zero_block(data: bytes, _other: bytes, rng: Rng) -> bytes:
     start = 512 * int(rng.integers(len(data) // 512))
     return data[:start] + bytes(512) + data[start + 512 :]
 
 
-@pytest.mark.parametrize(("damage", "times"), [(flip, 700), (truncate, 100), (empty, 20), (zero_block, 200)])
-def test_random_damage_is_never_silent(make_set: MakeSet, damage: Callable[[bytes, Rng], bytes], times: int) -> None:
+@pytest.mark.parametrize(("damage", "times"), [(flip, 650), (truncate, 100), (empty, 20), (zero_block, 200), (exchange, 30)])
+def test_random_damage_is_never_silent(make_set: MakeSet, damage: Callable[[bytes, bytes, Rng], bytes], times: int) -> None:
+    """A thousand corruptions in all: each ends in the full data or in an error that names shard and byte."""
     shard_set = make_set(21)
     expected = load_images(shard_set, np.arange(21))
     originals = [shard_set.shard_path(i).read_bytes() for i in range(3)]
@@ -51,7 +57,7 @@ def test_random_damage_is_never_silent(make_set: MakeSet, damage: Callable[[byte
     for _ in range(times):
         shard = int(rng.integers(3))
         path = shard_set.shard_path(shard)
-        path.write_bytes(damage(originals[shard], rng))
+        path.write_bytes(damage(originals[shard], originals[(shard + int(rng.integers(1, 3))) % 3], rng))
         try:
             found = load_images(open_set(shard_set.path), np.arange(21))
             assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
@@ -63,21 +69,6 @@ def test_random_damage_is_never_silent(make_set: MakeSet, damage: Callable[[byte
                 verify(shard_set)
         path.write_bytes(originals[shard])
     assert refused > 0.04 * times, "an image of 100 bytes is a twentieth of its 2 kB in a tar"
-
-
-def test_swapped_shards_are_noticed(make_set: MakeSet) -> None:
-    shard_set = make_set(21)
-    one, two = shard_set.shard_path(0), shard_set.shard_path(1)
-    size = max(one.stat().st_size, two.stat().st_size)
-    spare = one.with_suffix(".spare")
-    for source, target in ((one, spare), (two, one), (spare, two)):
-        source.rename(target)
-    if one.stat().st_size == two.stat().st_size == size:
-        with pytest.raises(DamagedShard, match=one.name):
-            load_images(shard_set, [0])
-    else:
-        with pytest.raises(DamagedShard, match=one.name):
-            open_set(shard_set.path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -112,7 +103,7 @@ def test_damage_beside_the_shards_is_noticed(make_set: MakeSet, name: str) -> No
     path = shard_set.path / name
     original, rng = path.read_bytes(), np.random.default_rng(1)
     for number in range(60):
-        damaged = (flip if number % 4 else truncate)(original, rng)
+        damaged = (flip if number % 4 else truncate)(original, b"", rng)
         path.write_bytes(damaged)
         try:
             opened = open_set(shard_set.path)

@@ -12,9 +12,9 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from data_shards import Sample, UserError, info, load_images, open_set, pack_folder, pack_images, verify
+from data_shards import Sample, UserError, info, load_images, open_set, pack_images, pack_source, verify
 from data_shards.images import decode_image, encode_png, fit_image
-from data_shards.pack import new_folder
+from data_shards.packing import place
 from tests.data_shards.conftest import MakeSet, picture
 
 
@@ -40,7 +40,7 @@ def test_plain_webdataset_reads_the_shards(make_set: MakeSet) -> None:
 
 def test_the_same_input_gives_the_same_bytes(make_set: MakeSet) -> None:
     one, two, other = make_set(40, name="a"), make_set(40, name="b"), make_set(40, name="c", seed=1)
-    for name in [shard.name for shard in one.manifest.shards] + ["samples/offset.npy", "samples/key.npy"]:
+    for name in [shard.name for shard in one.manifest.shards] + [f"samples/{column}.npy" for column in one.samples]:
         assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
     assert [s.sha256 for s in one.manifest.shards] != [s.sha256 for s in other.manifest.shards]
     assert not list(one.path.parent.glob(".*")), "nothing temporary is left"
@@ -53,8 +53,9 @@ def test_samples_are_mixed_over_the_shards(make_set: MakeSet) -> None:
 
 def test_shards_keep_their_limits(make_set: MakeSet) -> None:
     assert [shard.samples for shard in make_set(20).manifest.shards] == [7, 7, 6]
-    small = make_set(10, name="small", shard_samples=1000, shard_bytes=5000)
-    assert len(small.manifest.shards) == 4 and len(small) == 10
+    small = make_set(10, name="small", shard_samples=1000, shard_bytes=20_000)
+    assert len(small.manifest.shards) == 3 and len(small) == 10
+    assert max(shard.size for shard in small.manifest.shards) <= 20_480  # a tar's length is a multiple of 10,240
 
 
 def test_info_and_verify(make_set: MakeSet) -> None:
@@ -80,7 +81,7 @@ def test_splits_and_labels(make_set: MakeSet) -> None:
 def test_labels_come_from_subfolders(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "in", [f"{c}/img {i}.png" for c in ("dog", "cat") for i in range(3)])
     (root / "notes.txt").write_text("not an image")
-    shard_set = pack_folder(root, tmp_path / "out", 8, 3)
+    shard_set = pack_source(root, tmp_path / "out", 8, 3)
     assert shard_set.manifest.classes == ("cat", "dog") and shard_set.manifest.image_shape == (3, 8, 8)
     for key, label in zip(shard_set.samples["key"].tolist(), shard_set.samples["label"].tolist(), strict=True):
         assert (b"cat" in key) == (label == 0)
@@ -92,16 +93,16 @@ def test_labels_come_from_subfolders(tmp_path: Path) -> None:
 
 def test_labels_come_from_a_table_or_not_at_all(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "in", ["a.png", "b.jpg", "c.webp"])
-    assert pack_folder(root, tmp_path / "none", 8, 1).samples["label"].tolist() == [-1, -1, -1]
+    assert pack_source(root, tmp_path / "none", 8, 1).samples["label"].tolist() == [-1, -1, -1]
     rows = [("a.png", "x"), ("b.jpg", "y"), ("c.webp", "x")]
     write_table(root, rows)
-    assert pack_folder(root, tmp_path / "table", 8, 1).manifest.classes == ("x", "y")
+    assert pack_source(root, tmp_path / "table", 8, 1).manifest.classes == ("x", "y")
     write_table(root, rows[:2])
     with pytest.raises(UserError, match=r"no row for c\.webp"):
-        pack_folder(root, tmp_path / "lacking", 8, 1)
+        pack_source(root, tmp_path / "lacking", 8, 1)
     write_table(root, [*rows, ("d.png", "x")])
     with pytest.raises(UserError, match=r"line 5 names 'd\.png'"):
-        pack_folder(root, tmp_path / "extra", 8, 1)
+        pack_source(root, tmp_path / "extra", 8, 1)
 
 
 def write_table(root: Path, rows: list[tuple[str, str]]) -> None:
@@ -111,20 +112,20 @@ def write_table(root: Path, rows: list[tuple[str, str]]) -> None:
 
 def test_images_beside_subfolders_are_ambiguous(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"such as a\.png; move"):
-        pack_folder(folder_of(tmp_path / "in", ["a.png", "x/b.png"]), tmp_path / "out", 8)
+        pack_source(folder_of(tmp_path / "in", ["a.png", "x/b.png"]), tmp_path / "out", 8)
 
 
 def test_a_reference_split_is_held_out_by_seed(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "in", [f"{i:02d}.png" for i in range(20)])
     one, two, other = (
-        pack_folder(root, tmp_path / f"out{i}", 8, 1, reference=0.25, seed=seed) for i, seed in enumerate((0, 0, 1))
+        pack_source(root, tmp_path / f"out{i}", 8, 1, reference=0.25, seed=seed) for i, seed in enumerate((0, 0, 1))
     )
     assert one.manifest.splits == {"train": 15, "reference": 5}
     assert held(one) == held(two) != held(other)
     with pytest.raises(UserError, match="one split of 20 images empty"):
-        pack_folder(root, tmp_path / "bad", 8, 1, reference=0.01)
+        pack_source(root, tmp_path / "bad", 8, 1, reference=0.01)
     with pytest.raises(UserError, match=r"reference 1\.0"):
-        pack_folder(root, tmp_path / "bad", 8, 1, reference=1.0)
+        pack_source(root, tmp_path / "bad", 8, 1, reference=1.0)
 
 
 def held(shard_set: object) -> set[bytes]:
@@ -137,9 +138,9 @@ def test_bad_images_are_listed_counted_and_capped(tmp_path: Path) -> None:
     (root / "4.png").write_bytes((root / "4.png").read_bytes()[:100])
     (root / "old.bmp").write_bytes(b"BM")
     with pytest.raises(UserError, match=r"bad image\(s\), more than the 2 allowed: .*--max-bad"):
-        pack_folder(root, tmp_path / "out", 8, 1, max_bad=2)
+        pack_source(root, tmp_path / "out", 8, 1, max_bad=2)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-    shard_set = pack_folder(root, tmp_path / "out", 8, 1, max_bad=3)
+    shard_set = pack_source(root, tmp_path / "out", 8, 1, max_bad=3)
     assert len(shard_set) == 4
     assert [file for file, _ in shard_set.manifest.bad] == ["2.png", "4.png", "old.bmp"]
     assert all(reason for _, reason in shard_set.manifest.bad)
@@ -159,10 +160,10 @@ def test_user_mistakes_get_one_sentence(tmp_path: Path, make_set: MakeSet) -> No
     ]
     for source, out, word in cases:
         with pytest.raises(UserError, match=word) as caught:
-            pack_folder(source, tmp_path / out, 8)
+            pack_source(source, tmp_path / out, 8)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="size 0"):
-        pack_folder(root, tmp_path / "out", 0)
+        pack_source(root, tmp_path / "out", 0)
     with pytest.raises(UserError, match="graft shards fetch NAME"):
         open_set(tmp_path / "missing")
     with pytest.raises(UserError, match="graft shards index"):
@@ -177,7 +178,7 @@ def test_an_unreadable_path_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"in cannot be read \(Permission denied\)"):
-        pack_folder(root, tmp_path / "out", 8)
+        pack_source(root, tmp_path / "out", 8)
 
 
 def test_overwriting_replaces_a_set_and_nothing_else(tmp_path: Path, make_set: MakeSet) -> None:
@@ -201,8 +202,12 @@ def test_a_killed_pack_leaves_no_set_and_the_next_one_works(tmp_path: Path, make
     assert not draft.exists()
 
 
-def test_two_packers_of_one_set_do_not_mix(tmp_path: Path, make_set: MakeSet) -> None:
-    with new_folder(tmp_path / "set", False), pytest.raises(UserError, match="another process is writing"):
+def test_two_packers_of_one_set_do_not_mix(tmp_path: Path, make_set: MakeSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "LOCK_WAIT_S", 0.1)
+    with (
+        pytest.raises(UserError, match="another process is writing"),
+        place.open_place(tmp_path / "set", False),
+    ):
         make_set(10)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_shards import BadImage, DamagedShard, UserError, index_tars, load_images, open_set, pack_folder, verify
+from data_shards import BadImage, DamagedShard, UserError, index_tars, load_images, open_set, pack_source, verify
 from data_shards.files import hash_file
 from data_shards.images import decode_image, decode_into, encode_png
 from data_shards.manifest import Column, Manifest
@@ -56,7 +56,7 @@ def test_urls_and_commands_are_not_paths(canary: Path, scheme: str, tmp_path: Pa
             action(value)
     for source, out in ((value, tmp_path / "out"), (tmp_path, value)):
         with pytest.raises(UserError):
-            pack_folder(source, out, 8)
+            pack_source(source, out, 8)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_only_allowed_formats_are_decoded_whatever_the_name(tmp_path: Path, cana
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(eps)
     with pytest.raises(UserError, match=r"a\.png: not a readable PNG"):
-        pack_folder(tmp_path / "in", tmp_path / "out", 8)
+        pack_source(tmp_path / "in", tmp_path / "out", 8)
 
 
 def test_byte_cap_animations_and_odd_modes() -> None:

@@ -15,8 +15,10 @@ import yaml
 from torch import Tensor
 
 from data_shards import UserError, batches, open_set
+from data_shards.stores import open_store
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_set, toy_tree
+from training.__main__ import main
 from training.checkpoint import latest_valid, load_checkpoint
 from training.events import read_events
 from training.loop import NonFinite
@@ -65,6 +67,20 @@ def test_a_mixture_of_sets_and_balanced_classes_resumes_bit_equal_and_is_another
         assert all(torch.equal(expected[key], found[key]) for key in expected)
         with pytest.raises(UserError, match="another --out"):
             pretrain(toy_recipe(tmp_path), source, tmp_path / name, World())
+
+
+def test_a_source_in_an_object_store_is_pretrained_on_by_its_url(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    local, store = toy_set(tmp_path / "source"), open_store("memory://toy/source")
+    for path in local.path.rglob("*.*"):
+        store.put(path, path.relative_to(local.path).as_posix())
+    (tmp_path / "far.yaml").write_text(yaml.safe_dump(toy_tree(tmp_path, images=16)))
+    assert main([str(tmp_path / "far.yaml"), "--set", "data.root=memory://toy", "--out", str(tmp_path / "far")]) == 0
+    pretrain(toy_recipe(tmp_path, images=16), local, tmp_path / "near", World())
+    far, near = (load_checkpoint(latest_valid(tmp_path / run / "pretrain") or tmp_path, ("generator",))[0]["generator"]
+                 for run in ("far", "near"))
+    assert all(torch.equal(far[name], near[name]) for name in near)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:

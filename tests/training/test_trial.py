@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_shards import UserError, load_images, open_set
-from tests.toy import toy_recipe, toy_set, toy_tree
+from tests.toy import stroke_set, toy_recipe, toy_set, toy_tree
 from training import trial as trials
 from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.config import apply_overrides
@@ -174,10 +174,27 @@ def test_support_sets_depend_on_the_seed_and_not_on_the_method(run: Path) -> Non
 
 def test_a_domain_smaller_than_its_shots_is_refused(tmp_path: Path) -> None:
     target = toy_set(tmp_path / "small", train=9, reference=9)
-    with pytest.raises(UserError, match=r"9 images in its support pool, fewer than adaptation\.shots = 10"):
+    with pytest.raises(UserError, match=r"has 9 images in its support pool and needs at least 18: adaptation\.shots = 10"):
         support_indices(target, 10, 0)
-    with pytest.raises(UserError, match="fewer than 8 beside 5 shots"):
-        support_indices(target, 5, 0)
+    with pytest.raises(UserError, match=r"at least 10: .* 2 to train on and 8 held back"):
+        support_indices(target, 2, 0)
+    assert len(support_indices(target, 1, 0)) == 1
+
+
+def test_a_generator_trained_until_it_copies_is_disqualified(run: Path) -> None:
+    """Five strokes, ever more steps: nothing like them at first, hardly anything but them in the end."""
+    stroke_set(run.parent / "strokes")
+    rows = []
+    for steps in (50, 600):
+        tree = apply_overrides(toy_tree(run.parent), {
+            "training.generator": {"channels": 16, "latent_dim": 8}, "training.discriminator.channels": 16,
+            "adaptation.images": 8 * steps, "adaptation.batch": 8, "adaptation.lr": 2e-3, "evaluation.samples": 100})
+        trial = make_trial(run, "scratch", domain="strokes", set_path=str(run.parent / "strokes"))
+        rows.append(run_trial(trial, TrainingRecipe.model_validate(tree), run, until=8 * steps))
+    assert rows[0]["copy_rate"] < 0.2 and not rows[0]["disqualified"]
+    assert rows[1]["copy_rate"] > 0.6 and rows[1]["disqualified"] and "copies its support" in rows[1]["reason"]
+    again = trials.rescore(rows[1], TrainingRecipe.model_validate(tree), run, set_path=trial.set_path, net="encoder")
+    assert again["copy_rate"] == rows[1]["copy_rate"]
 
 
 def test_a_diverged_trial_is_a_failed_row(run: Path) -> None:

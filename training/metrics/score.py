@@ -10,13 +10,16 @@ from training.metrics.copying import auth_pct, copy_rate, is_copier
 from training.metrics.features import FeatureNet
 from training.metrics.frechet import frechet_distance
 from training.metrics.kid import kid, kid_interval
+from training.metrics.likeness import Pictures
 from training.metrics.prdc import precision_recall_density_coverage
 
 FID_NET = "inception"
+SCORES_VERSION = 2  # goes up when a score of the same images changes: scores of two versions are in no one table
 
 
 def score(
-    fake: Tensor, reference: Tensor, support: Tensor, held_back: Tensor, *, seed: int, net: str = "", k: int = 5
+    fake: Tensor, reference: Tensor, support: Tensor, held_back: Tensor, *, seed: int, net: str = "", k: int = 5,
+    pictures: Pictures | None = None,
 ) -> dict[str, Any]:
     """Score generated images against reference images that nothing was chosen on, and against the support for copying.
 
@@ -28,6 +31,7 @@ def score(
         seed: of the interval's bootstrap.
         net: name of the feature net; only "inception" fills `fid`.
         k: neighbours of precision, recall, density and coverage; at most the smaller set's size minus 1.
+        pictures: the images behind `fake`, `support` and `held_back`; without them a pale or blurred copy goes unseen.
 
     Returns:
         kid, kid_ci95 [lo, hi], fd, fid (None unless `net` is the FID Inception), precision, recall, density, coverage,
@@ -37,7 +41,7 @@ def score(
         UserError: malformed or non-finite features, or sets too small for a score.
     """
     fd = frechet_distance(fake, reference)
-    rate = copy_rate(fake, support, held_back)
+    rate = copy_rate(fake, support, held_back, pictures=pictures)
     disqualified, reason = is_copier(rate, len(fake))
     return {
         "kid": kid(fake, reference),
@@ -72,6 +76,7 @@ def contract(net: FeatureNet, reference_hash: str, n_fake: int, n_reference: int
         "n_fake": n_fake,
         "n_reference": n_reference,
         "reference_hash": reference_hash,
+        "scores_version": SCORES_VERSION,
         "graft_version": version,
     }
 
