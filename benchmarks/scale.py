@@ -53,7 +53,7 @@ def read_pass(place: str, images: int, rank: int, world: int, cache: str, answer
         fetched[1] += 1
         return data
 
-    ObjectStore._read = counting  # type: ignore[method-assign]
+    ObjectStore._read = counting  # type: ignore[method-assign, assignment]
     seen, memory, process = np.zeros(images, np.uint8), [], psutil.Process()
     begin = time.monotonic()
     feed = batches(open_set(place), batch=BATCH, seed=0, rank=rank, world=world, cache_bytes=0)
@@ -119,7 +119,7 @@ def run(images: int, shard_samples: int, folder: Path) -> dict[str, Any]:
     found = sorted((answers.get() for _ in ranks), key=lambda answer: answer["rank"])
     for process in ranks:
         process.join()
-    seen = sum(np.frombuffer(answer.pop("seen"), np.uint8).astype(np.int64) for answer in found)
+    seen = np.sum([np.frombuffer(answer.pop("seen"), np.uint8) for answer in found], axis=0, dtype=np.int64)
     assert (seen == 1).all(), f"{(seen == 0).sum()} samples were not read, {(seen > 1).sum()} more than once"
     for answer in found:
         answer["of_half_the_set"] = round(answer["fetched"] / (size / 2), 3)
