@@ -108,7 +108,7 @@ def _write(options: Options, task: Task, max_bad: int, tar: TarFile, report: Tic
                 tar.add(f"{key}.cls", str(label).encode())
             offset = tar.add(f"{key}.{suffix}", data)
             rows.append((offset, len(data), zlib.crc32(data), label, splits[number], 0, key.encode(), index))
-            hashes.append(hashlib.sha256(image.tobytes()).digest()[:16])
+            hashes.append(hashlib.sha256(data).digest()[:16])
             if options.near != NO_NEAR:
                 thumbnails.append(thumbnail(image))
             if number % TICK == TICK - 1:
