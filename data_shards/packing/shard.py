@@ -31,12 +31,12 @@ _NOT_WORD = re.compile(r"[^A-Za-z0-9_]+")
 
 @dataclass(frozen=True)
 class Done:
-    """What making a shard tells whoever asked for it; the rest stands in its record."""
+    """What making a shard tells whoever asked for it."""
 
     number: int
     images: int  # good and bad ones
     size: int  # bytes
-    bad: tuple[tuple[str, str], ...]
+    record: Record
 
 
 def make_shard(
@@ -59,7 +59,7 @@ def make_shard(
         if len(record.bad) <= max_bad:  # else the pack fails, and this shard is not finished
             record = record.in_tar(f"shard-{task.number:06d}.tar" if record.rows else "", writer)
             save(place, task.number, record, temporary if record.rows else None)
-    return Done(task.number, len(task.indices), writer.size, record.bad)
+    return Done(task.number, len(task.indices), writer.size, record)
 
 
 class TarFile:
