@@ -35,6 +35,7 @@ MAX_BYTES = 64 * 1024 * 1024
 BACKGROUND = 255
 ENCODINGS = {"png": "png", "webp": "webp", "jpeg": "jpg"}  # -> suffix of the files
 QUALITY = 95
+ORIENTATION = 0x0112  # EXIF's tag
 
 _DECODE_ERRORS = (
     OSError,  # includes UnidentifiedImageError and truncation
@@ -133,7 +134,9 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, *, backg
 def fit(image: Image.Image, size: tuple[int, int], channels: int, *, background: int = BACKGROUND) -> Image.Image:
     """`fit_image` as a Pillow image of mode L (1 channel) or RGB (3 channels)."""
     try:
-        image = _to_channels(ImageOps.exif_transpose(image), channels, background)
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)  # copies an image that is upright
+        image = _to_channels(image, channels, background)
     except BadImage:
         raise
     except _DECODE_ERRORS as error:

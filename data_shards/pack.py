@@ -21,7 +21,7 @@ from data_shards.errors import UserError
 from data_shards.images import BACKGROUND, QUALITY
 from data_shards.manifest import SPLITS, ShardSet, open_set
 from data_shards.packing.finish import About, finish
-from data_shards.packing.place import Place, Say, open_place, read_record, resume
+from data_shards.packing.place import Place, Say, open_place, resume
 from data_shards.packing.plan import NO_NEAR, SHARD_BYTES, SHARD_SAMPLES, Options, make_plan
 from data_shards.packing.shard import Done, make_shard
 from data_shards.packing.workers import Tick, over_processes
@@ -252,6 +252,7 @@ def _pack(
     bad = sorted(entry for record in finished.values() for entry in record.bad)
     _check_bad(bad, max_bad)
     tick(0, 0)
+    records = dict(finished)
     work = partial(make_shard, options, place, max_bad)
     tasks = plan.tasks(source, frozenset(finished))
     if run.map_fn is None:
@@ -259,9 +260,9 @@ def _pack(
     else:
         results = map(_counted, run.map_fn(work, tasks), iter(lambda: tick, None))
     for result in results:
-        bad += result.bad
+        bad += result.record.bad
         _check_bad(bad, max_bad)
-    records = finished | {number: read_record(place, number) for number in range(plan.shards) if number not in finished}
+        records[result.number] = result.record
     finish(place, plan, records, source, about, run.say)
 
 

@@ -1,4 +1,6 @@
-"""Copies among the images of a set: exact ones by the hash of their pixels, near ones by a perceptual hash.
+"""Copies among the images of a set: exact ones by the hash of their bytes as encoded, near ones by a perceptual hash.
+
+All images of a set are encoded alike, so equal bytes are equal pixels, whatever file the image came in.
 
 The perceptual hash is dHash: the image in gray is shrunk to 9 x 8 pixels (Pillow's box filter), and each of the 64 bits
 says whether a pixel is brighter than its left neighbour. Two images are near if few bits differ.
@@ -6,7 +8,7 @@ says whether a pixel is brighter than its left neighbour. Two images are near if
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -15,12 +17,14 @@ from PIL import Image
 from data_shards.packing.plan import NO_NEAR
 
 MAX_PAIRS = 100_000  # listed
-MAX_COMPARED = 200_000_000  # pairs that share enough bits to be looked at
+MAX_COMPARED = 500_000_000  # pairs that share enough bits to be looked at: some ten seconds
+SMALL, BLOCK_ROWS = 32, 256  # rows of one key that are compared one by one, and in blocks
 
 
 def thumbnail(image: Image.Image) -> bytes:
     """The 72 gray pixels (8 rows of 9) of which the hash of a picture of mode L or RGB is made."""
-    return image.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()
+    gray = image if image.mode == "L" else image.convert("L")
+    return gray.resize((9, 8), Image.Resampling.BOX).tobytes()
 
 
 def hashes64(thumbnails: Sequence[bytes], count: int) -> np.ndarray:
@@ -80,22 +84,41 @@ def near_pairs(hashes: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarra
 def _within(values: np.ndarray, keys: np.ndarray, distance: int, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Pairs of rows of one key that are close, their distances, and how many were compared (at most about `limit`)."""
     order = np.argsort(keys, kind="stable")
-    keys, compared = keys[order], 0
-    pairs, distances = [np.empty((0, 2), np.int64)], [np.empty(0, np.uint8)]
-    rows = np.arange(len(keys))
-    lag = 1
-    while compared < limit:
-        rows = rows[rows + lag < len(keys)]
-        rows = rows[keys[rows] == keys[rows + lag]]
-        if not len(rows):
+    keys, ranked = keys[order], values[order]
+    starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    sizes = np.diff(np.concatenate([starts, [len(keys)]]))
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    compared, count = 0, 0
+    for left, right in _candidates(starts, sizes):
+        apart = np.bitwise_count(ranked[left] ^ ranked[right])
+        close = np.nonzero(apart <= distance)
+        one, two = np.broadcast_arrays(left, right)
+        upper = one[close] < two[close]
+        found.append((np.stack([order[one[close]][upper], order[two[close]][upper]], 1), apart[close][upper]))
+        compared, count = compared + apart.size, count + int(upper.sum())
+        if compared >= limit or count > 10 * MAX_PAIRS:
+            compared = limit
             break
-        compared += len(rows)
-        left, right = order[rows], order[rows + lag]
-        apart = np.bitwise_count(values[left] ^ values[right])
-        close = apart <= distance
-        pairs.append(np.stack([left[close], right[close]], 1))
-        distances.append(apart[close])
-        if sum(map(len, distances)) > 10 * MAX_PAIRS:
-            return np.concatenate(pairs), np.concatenate(distances), limit
-        lag += 1
+    pairs, distances = zip(*found, strict=True) if found else ((np.empty((0, 2), np.int64),), (np.empty(0, np.uint8),))
     return np.concatenate(pairs), np.concatenate(distances), compared
+
+
+def _candidates(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All pairs of rows within each run of equal keys, as index arrays that broadcast: small runs all at once, by how far
+    their rows are apart, large ones in blocks."""
+    small = (sizes > 1) & (sizes <= SMALL)
+    rows = np.repeat(starts[small] + sizes[small], sizes[small])  # the end of each row's run
+    places = np.concatenate([[0], np.cumsum(sizes[small])[:-1]]) if small.any() else np.empty(0, np.int64)
+    row = np.arange(len(rows)) - np.repeat(places, sizes[small]) + np.repeat(starts[small], sizes[small])
+    for lag in range(1, SMALL):
+        inside = row + lag < rows
+        row, rows = row[inside], rows[inside]
+        if not len(row):
+            break
+        yield row, row + lag
+    for start, size in zip(starts[sizes > SMALL].tolist(), sizes[sizes > SMALL].tolist(), strict=True):
+        for low in range(start, start + size, BLOCK_ROWS):
+            high = min(low + BLOCK_ROWS, start + size)
+            for first in range(low, start + size, 64 * BLOCK_ROWS):
+                last = min(first + 64 * BLOCK_ROWS, start + size)
+                yield np.arange(low, high)[:, None], np.arange(first, last)[None]

@@ -218,21 +218,12 @@ def clear_work(place: Place, shards: int) -> None:
     """Removes from a store what a finished set does not need; on this machine that goes with the folder."""
     store = place.store
     if store is not None:
-        for number in range(shards):
-            forget(place, number)
-        store.remove(f"{REMOTE_WORK}/{JOB}")
+        for name in (*map(_record_name, range(shards)), JOB):
+            store.remove(f"{REMOTE_WORK}/{name}")
 
 
 def _record_name(number: int) -> str:
     return f"{number:06d}.record"
-
-
-def read_record(place: Place, number: int) -> Record:
-    """The record of a shard that was just made."""
-    record = _read_record(place, number)
-    if record is None:
-        raise UserError(f"the record of shard {number} in {place.url or place.folder} is gone; pack again")
-    return record
 
 
 def _read_record(place: Place, number: int) -> Record | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_shards.manifest import COLUMNS
 
-# What a set's table has, and: the item's index in its source, the hash of its pixels, its perceptual hash, and whether it
+# What a set's table has, and: the item's index in its source, the hash of its bytes, its perceptual hash, and whether it
 # was taken out again, being a copy.
 EXTRA: dict[str, str] = {"index": "<i8", "hash": "<u8", "near": "<u8", "dropped": "|b1"}
 

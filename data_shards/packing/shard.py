@@ -31,12 +31,12 @@ _NOT_WORD = re.compile(r"[^A-Za-z0-9_]+")
 
 @dataclass(frozen=True)
 class Done:
-    """What making a shard tells whoever asked for it; the rest stands in its record."""
+    """What making a shard tells whoever asked for it."""
 
     number: int
     images: int  # good and bad ones
     size: int  # bytes
-    bad: tuple[tuple[str, str], ...]
+    record: Record
 
 
 def make_shard(
@@ -59,7 +59,7 @@ def make_shard(
         if len(record.bad) <= max_bad:  # else the pack fails, and this shard is not finished
             record = record.in_tar(f"shard-{task.number:06d}.tar" if record.rows else "", writer)
             save(place, task.number, record, temporary if record.rows else None)
-    return Done(task.number, len(task.indices), writer.size, record.bad)
+    return Done(task.number, len(task.indices), writer.size, record)
 
 
 class TarFile:
@@ -108,7 +108,7 @@ def _write(options: Options, task: Task, max_bad: int, tar: TarFile, report: Tic
                 tar.add(f"{key}.cls", str(label).encode())
             offset = tar.add(f"{key}.{suffix}", data)
             rows.append((offset, len(data), zlib.crc32(data), label, splits[number], 0, key.encode(), index))
-            hashes.append(hashlib.sha256(image.tobytes()).digest()[:16])
+            hashes.append(hashlib.sha256(data).digest()[:16])
             if options.near != NO_NEAR:
                 thumbnails.append(thumbnail(image))
             if number % TICK == TICK - 1:

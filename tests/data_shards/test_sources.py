@@ -315,10 +315,13 @@ def test_exact_copies_by_hand() -> None:
     assert exact_copies(hashes, splits, indices).tolist() == [2, 4, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize("mask", [2**64 - 1, 0xFFF00000FFF])
 @pytest.mark.parametrize("distance", [0, 1, 4, 8])
-def test_near_pairs_are_all_found(distance: int) -> None:
+def test_near_pairs_are_all_found(distance: int, mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where few bits vary, and many rows share their bands."""
+    monkeypatch.setattr("data_shards.packing.copies.BLOCK_ROWS", 7)
     rng = np.random.default_rng(0)
-    base = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    base = rng.integers(0, 2**63, 60, dtype=np.uint64) & np.uint64(mask)
     chosen = [rng.choice(64, count, replace=False) for count in rng.integers(0, 11, 60)]
     flips = np.array([sum(1 << int(bit) for bit in bits) for bits in chosen], np.uint64)
     hashes = np.concatenate([base, base ^ flips, base[:5]])
