@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 
 import pytest
@@ -21,7 +23,9 @@ def free_port() -> int:
 
 
 def find_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nobody listens on, below those that outgoing connections are given: such a one may be gone in a moment."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # Ray gives its workers 10002 to 19999
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port

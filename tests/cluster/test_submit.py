@@ -74,7 +74,9 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> Non
 
 
 def _stop(process: subprocess.Popen[bytes], home: Path) -> None:
-    ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    ours = []
+    if process.poll() is None:
+        ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
     _, alive = psutil.wait_procs(ours, timeout=20)
     for straggler in alive:
