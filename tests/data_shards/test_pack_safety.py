@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,21 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def little_memory() -> Iterator[None]:
-    """1 GiB of address space beyond what the libraries have mapped."""
+    """1 GiB of address space beyond what is mapped."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + GIB, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def refused(source: Path, word: str, **options: Any) -> None:
     out = source.parent / "out"
-    with pytest.raises(UserError, match=word) as caught:
+    with pytest.raises(UserError, match=word) as caught, little_memory():
         pack_source(source, out, 8, **options)
     assert "\n" not in str(caught.value)
     assert not out.exists() and not list(source.parent.glob(".out*"))
@@ -230,7 +233,8 @@ def test_damage_anywhere_is_found_or_harmless(tmp_path: Path, kind: str) -> None
             damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         file.write_bytes(damaged)
         try:
-            pack_source(source, tmp_path / f"out{attempt}", 8, max_bad=3)
+            with little_memory():
+                pack_source(source, tmp_path / f"out{attempt}", 8, max_bad=3)
         except UserError as error:
             assert "\n" not in str(error)
         except UnicodeError:
