@@ -134,7 +134,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], channels: int, *, backg
 def fit(image: Image.Image, size: tuple[int, int], channels: int, *, background: int = BACKGROUND) -> Image.Image:
     """`fit_image` as a Pillow image of mode L (1 channel) or RGB (3 channels)."""
     try:
-        if image.getexif().get(ORIENTATION, 1) != 1:
+        if image.info and image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)  # copies an image that is upright
         image = _to_channels(image, channels, background)
     except BadImage:

@@ -239,7 +239,9 @@ def _pack(
     plan = make_plan(source, options, about.reference or 0.0)
     finished = resume(place, _identity(source, options, about, plan.shard_samples), plan.shards, run.say)
     if source.stage is not None and stage is not None:
-        run_map = run.map_fn or (lambda work, jobs: over_processes(partial(_alone, work), jobs, run.processes, _ignored))
+        # Never in this process: a library that reads a hostile table may end the one that it is in.
+        processes = max(2, run.processes)
+        run_map = run.map_fn or (lambda work, jobs: over_processes(partial(_alone, work), jobs, processes, _ignored))
         source = source.stage(stage, run_map)
     done = sum(record.rows + len(record.bad) for record in finished.values())
     written, total = sum(record.size for record in finished.values()), len(source)

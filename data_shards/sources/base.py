@@ -26,6 +26,7 @@ RATIO, SLACK = 100, 16 * 1024 * 1024  # what a compressed file may hold: RATIO t
 OPEN_FILES = 64  # that a part keeps open
 # Pictures in other formats are someone's data: they are counted as bad, where a text file is passed over.
 OTHER_PICTURES = ("bmp", "gif", "tif", "tiff", "jp2", "avif", "heic", "svg", "eps", "pdf", "ppm", "pgm", "tga", "ico")
+_PICTURES = frozenset(SUFFIXES + OTHER_PICTURES)
 
 # An item as it is read: the bytes of an image file, a picture, or a finished uint8 (C, H, W) array, alone or with the
 # label that its maker gave it.
@@ -129,9 +130,9 @@ class Files:
 
 def is_picture(name: str) -> bool:
     """Whether a file name is that of an image, in a format that is read or in another; hidden files are not."""
-    parts = name.split("/")
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and parts[-1].rpartition(".")[2].lower() in SUFFIXES + OTHER_PICTURES
+    if name.rpartition(".")[2].lower() not in _PICTURES or name[0] == ".":
+        return False
+    return "/" not in name or not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def check_format(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -244,9 +245,11 @@ def test_fitting_follows_the_written_policy() -> None:
     assert (fit_image(clear, (8, 8), 3) == 255).all() and (fit_image(clear, (8, 8), 1, background=0) == 0).all()
     deep = Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
     assert (fit_image(deep, (8, 8), 1) == 0x80).all()
-    turned = Image.new("L", (16, 8))
-    turned.getexif()[0x0112] = 6
-    assert fit_image(turned, (8, 8), 1).shape == (1, 8, 8)
+    half = Image.fromarray(np.repeat(np.array([[0] * 8, [255] * 8], np.uint8), 4, axis=0))  # black above white
+    exif, turned = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3  # upside down
+    half.save(turned, "PNG", exif=exif)
+    assert np.array_equal(fit_image(Image.open(turned), (8, 8), 1)[0], np.asarray(half)[::-1])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

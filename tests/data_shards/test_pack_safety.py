@@ -233,7 +233,8 @@ def test_damage_anywhere_is_found_or_harmless(tmp_path: Path, kind: str) -> None
             damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
         file.write_bytes(damaged)
         try:
-            pack_source(source, tmp_path / f"out{attempt}", 8, max_bad=3)
+            with little_memory():
+                pack_source(source, tmp_path / f"out{attempt}", 8, max_bad=3)
         except UserError as error:
             assert "\n" not in str(error)
         except UnicodeError:
