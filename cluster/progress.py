@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,3 +28,23 @@ def progress(label: str, total: float, unit: str) -> Iterator[Show]:
             yield lambda done, note="": bars.update(task, completed=min(done, total), note=note)
     else:
         yield lambda done, note="": console.print(f"{label}  {done:.0f}/{total:.0f} {unit}  {note}", markup=False)
+
+
+@contextmanager
+def counting(label: str) -> Iterator[Callable[..., None]]:
+    """`show(done, total, text)`: a bar on a terminal, and a line at each tenth elsewhere."""
+    if console.is_terminal and not os.environ.get("CI"):
+        with Progress() as bar:
+            task = bar.add_task(label, total=None)
+            yield lambda done, total, text=label: bar.update(task, completed=done, total=total or None,
+                                                             description=text)
+    else:
+        tenths: list[Any] = []
+
+        def show(done: int, total: int, text: str = label) -> None:
+            tenth = 10 * done // total if total else -1
+            if tenth not in tenths:
+                tenths.append(tenth)
+                print(f"{text} {done}/{total}" if total else text, flush=True)
+
+        yield show
