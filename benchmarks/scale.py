@@ -43,7 +43,7 @@ def read_pass(place: str, images: int, rank: int, world: int, cache: str, answer
     """One rank's pass: which samples it saw, how fast, its memory over time, and what it fetched."""
     os.environ.update(GRAFT_CACHE=cache, GRAFT_CACHE_BYTES=str(CACHE_BYTES))
     from data_shards import batches, open_set
-    from data_shards.object_store import ObjectStore
+    from data_shards.stores.objects import ObjectStore
 
     fetched, original = [0, 0], ObjectStore._read
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_shards.cache import cached_file
 from data_shards.errors import DamagedShard, UserError
 from data_shards.files import hash_file, sync, write_json
 from data_shards.images import MAX_BYTES, check_shape
 from data_shards.stores import Store, open_store
+from data_shards.stores.cache import cached_file
 from data_shards.tarfiles import damaged, file_size
 
 SCHEMA_VERSION = 2

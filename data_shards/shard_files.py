@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data_shards.cache import ChunkReader
 from data_shards.errors import DamagedShard, UserError
 from data_shards.manifest import Shard, ShardSet
+from data_shards.stores.cache import ChunkReader
 from data_shards.tarfiles import BLOCK, parse_header
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards import Sample, ShardSet, object_store, pack_images, retries
+from data_shards import Sample, ShardSet, pack_images
+from data_shards.stores import objects, retries
 from tests.conftest import find_free_port
 from tests.data_shards.servers import FakeServer, make_certificate, s3_server
 
@@ -82,7 +83,7 @@ def s3(s3_address: str, fast_retries: None, monkeypatch: pytest.MonkeyPatch) -> 
     """The address of a bucket at a real S3 server, with the credentials in the environment; returns s3://bucket."""
     use_s3(monkeypatch, s3_address)
     bucket = "set-bucket"
-    system = object_store._make_system("s3")
+    system = objects._make_system("s3")
     system.call_s3("create_bucket", Bucket=bucket)
     for name in system.find(bucket):
         system.rm_file(name)
@@ -100,4 +101,4 @@ def use_s3(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
-    monkeypatch.setattr(object_store, "_systems", {})
+    monkeypatch.setattr(objects, "_systems", {})

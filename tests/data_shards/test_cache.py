@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_shards import DamagedShard, UserError, cache_files
-from data_shards.cache import ChunkReader, Range, cached_file
-from data_shards.cache_files import Cache, locked, open_cache
-from data_shards.stores import Store, open_store
+from data_shards import DamagedShard, UserError
+from data_shards.stores import Store, cache_files, open_store
+from data_shards.stores.cache import ChunkReader, Range, cached_file
+from data_shards.stores.cache_files import Cache, locked, open_cache
 from tests.data_shards.servers import FakeServer
 
 CHUNK = 1000
@@ -199,7 +199,7 @@ def test_one_store_cannot_plant_bytes_for_another(cache: Cache, web: FakeServer)
 def test_whole_files_are_hashed_on_the_way(
     store: Store, cache: Cache, web: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_shards.cache.PART_BYTES", 3000)
+    monkeypatch.setattr("data_shards.stores.cache.PART_BYTES", 3000)
     path = cached_file(store, "a.tar", SHAS[BIG], len(BIG), cache)
     assert path.read_bytes() == BIG and len(web.requests) == 4 and path.stat().st_mode & 0o077 == 0
     assert cached_file(store, "a.tar", SHAS[BIG], len(BIG), cache) == path and len(web.requests) == 4

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from data_shards import UserError, object_store, places, retries, web_store
-from data_shards.stores import Store, open_store
-from data_shards.web_store import is_public
+from data_shards import UserError
+from data_shards.stores import Store, objects, open_store, places, retries
+from data_shards.stores import web as web_store
+from data_shards.stores.web import is_public
 from tests.data_shards.conftest import use_s3
 from tests.data_shards.servers import FakeServer
 
@@ -393,7 +394,7 @@ def test_credentials_that_are_wrong_or_missing(s3: str, monkeypatch: pytest.Monk
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(object_store, "_systems", {})
+    monkeypatch.setattr(objects, "_systems", {})
     with pytest.raises(UserError, match=r"no credentials were found\); check the address, the credentials"):
         open_store(s3).read("x.tar", 0, 5)
 

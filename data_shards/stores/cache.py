@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from data_shards.cache_files import Cache, locked, new_file, open_cache, open_cached, remove_cached, write_all
 from data_shards.errors import DamagedShard, UserError
-from data_shards.stores import Store
+from data_shards.stores.base import Store
+from data_shards.stores.cache_files import Cache, locked, new_file, open_cache, open_cached, remove_cached, write_all
 
 CHUNK_BYTES = 4 * 1024 * 1024
 PART_BYTES = 8 * 1024 * 1024  # of a whole file, in one request

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
-from data_shards import retries
 from data_shards.errors import UserError
-from data_shards.places import is_trusted
-from data_shards.retries import time_limit_s
-from data_shards.stores import Store
+from data_shards.stores import retries
+from data_shards.stores.base import Store
+from data_shards.stores.places import is_trusted
+from data_shards.stores.retries import time_limit_s
 
 if TYPE_CHECKING:
     import aiohttp

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards import retries
 from data_shards.errors import UserError
-from data_shards.places import PACKAGES, check_name
-from data_shards.retries import time_limit_s
-from data_shards.stores import Store
+from data_shards.stores import retries
+from data_shards.stores.base import Store
+from data_shards.stores.places import PACKAGES, check_name
+from data_shards.stores.retries import time_limit_s
 
 CONNECT_TIMEOUT_S = 10.0
 
