@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if leaving.code == INTERRUPTED:
             print("graft: interrupted; the same command goes on from where it was", file=sys.stderr)
             return 1
+        if leaving.code == signal.SIGTERM:  # Ray's handler in a driver
+            print("graft: stopped by SIGTERM; the same command goes on from where it was", file=sys.stderr)
+            return 1
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception as error:
+        if type(error).__name__ == "Stopped":
+            print(f"graft: {error}", file=sys.stderr)
+            return 1
         sentence = _mistake(error)
         if sentence is None:
             raise

@@ -15,9 +15,11 @@ from typing import Any
 from cluster.progress import progress
 from cluster.recipe import Recipe
 from data_shards import ShardSet
+from training.checkpoint import latest_valid
 from training.events import read_events
 from training.pretrain import finished_pretraining
 from training.source import set_place
+from training.stopping import Stopped, sigterm_asks
 
 POLL_S = 1.0
 
@@ -29,13 +31,15 @@ def worker(config: dict[str, Any]) -> None:
     from training.world import current_world
 
     logging.getLogger("graft").setLevel(logging.WARNING)
-    pretrain(Recipe.model_validate(config["recipe"]), open_set(config["source"]), Path(config["run"]), current_world())
+    with suppress(Stopped):  # the driver knows, and Ray would try again
+        pretrain(Recipe.model_validate(config["recipe"]), open_set(config["source"]), Path(config["run"]), current_world())
 
 
 def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     """Pretrain on ``recipe.cluster.workers`` workers of the joined Ray; returns the last checkpoint.
 
     Raises:
+        Stopped: when SIGTERM asked for it; the workers have written a checkpoint.
         RuntimeError: the worker's own error, after the recipe's retries.
     """
     import ray.train
@@ -59,8 +63,13 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(run / "pretrain" / "events.jsonl", recipe.training.images, stop))
     watcher.start()
+    folder = run / "pretrain"
     try:
-        trainer.fit()
+        with sigterm_asks(folder) as asked:
+            trainer.fit()
+            newest = latest_valid(folder)
+            if asked() and newest and finished_pretraining(recipe, source, folder) is None:
+                raise Stopped(int(newest.name.removeprefix("step-")))
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
         raise RuntimeError(f"pretraining stopped: {_last_line(failures[0]) if failures else error}") from error

@@ -12,6 +12,7 @@ from training.config import parse_overrides
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
+from training.stopping import STOP_FILE, Stopped
 from training.world import join_world
 
 
@@ -35,10 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
         if world.rank == 0:
             each = per_worker_batch(recipe.training.batch, world.size, recipe.data.streams)
             print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
+            (run / "pretrain" / STOP_FILE).unlink(missing_ok=True)
         checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training.images))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if join_world().rank == 0:
+            print(stopped, flush=True)
+        return 1
     if world.rank == 0:
         print(f"checkpoint: {checkpoint}")
     return 0

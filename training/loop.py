@@ -16,7 +16,8 @@ from training.ema import update_average
 from training.engines import Engine
 from training.families import Batch, Phase
 from training.schedule import Schedule, value_at
-from training.world import World, device, has_bf16, mean_over_ranks
+from training.stopping import CHECK_EVERY_STEPS, StopAsked, Stopped
+from training.world import World, any_rank, device, has_bf16, mean_over_ranks
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,17 @@ Snapshot = Callable[[State], None]
 
 
 def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan: Plan, *, world: World | None = None,
-          report: Report | None = None, snapshot: Snapshot | None = None) -> State:
+          report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None) -> State:
     """Train until ``plan.until`` images have been seen.
 
     Args:
         batches: this rank's share of each global batch, uint8 NCHW, from the position ``state.images`` on.
         report: called with the means of all terms over the ranks since the last call, and images/s.
         snapshot: called after a report of finite values.
+        stop: whether this rank was asked to stop; if any was, all do, within `CHECK_EVERY_STEPS` steps and after a snapshot.
 
     Raises:
+        Stopped: when it was asked for.
         NonFinite: when a loss was not finite; nothing is saved after it.
     """
     world = world or World()
@@ -85,6 +88,11 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan
             snapshot(state)
         if done:
             return state
+        if stop and state.images // plan.batch % CHECK_EVERY_STEPS == 0 and any_rank(stop(), world):
+            if snapshot and state.images > start and not _due(state.images, plan.batch, plan.snapshot_every_images):
+                _check_finite(state)
+                snapshot(state)
+            raise Stopped(state.images)
 
         started = time.monotonic()
         images = to_signed(next(batches))

@@ -24,6 +24,7 @@ from training.networks import load_weights, make_networks
 from training.pictures import generate, save_grid
 from training.recipe import TrainingRecipe, per_worker_batch
 from training.source import source_id, source_parts
+from training.stopping import stop_requests
 from training.wandb_log import open_run
 from training.world import World
 
@@ -69,6 +70,9 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
     Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0.
+
+    Raises:
+        Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
     """
     config = recipe.training
     torch.set_num_threads(config.threads)
@@ -133,8 +137,9 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
                    pin_memory=torch.cuda.is_available())
     try:
-        train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
-              report=report, snapshot=snapshot)
+        with stop_requests(folder) as stop:
+            train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
+                  report=report, snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():
             engine.close()

@@ -45,6 +45,15 @@ def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, floa
     return dict(zip(names, (total / world.size).tolist(), strict=True))
 
 
+def any_rank(value: bool, world: World) -> bool:
+    """Whether the value is true on any rank. A collective."""
+    if world.size == 1:
+        return value
+    flag = torch.tensor([float(value)], device=device())
+    dist.all_reduce(flag)
+    return bool(flag.item())
+
+
 def device() -> torch.device:
     """The accelerator of this process (LOCAL_RANK's), or the CPU."""
     if torch.cuda.is_available():

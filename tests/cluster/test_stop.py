@@ -1,0 +1,52 @@
+"""SIGTERM to the driver, as SLURM sends it before it kills: the workers write a checkpoint, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.cluster.test_run import PROJECT, family
+from tests.toy import toy_set, toy_tree
+from training.checkpoint import latest_valid
+from training.events import read_events
+from training.stopping import STOP_FILE
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_sigterm_to_the_driver_leaves_a_checkpoint_of_that_moment(tmp_path: Path) -> None:
+    toy_set(tmp_path / "source")
+    tree = toy_tree(tmp_path, images=10**6, engine={"kind": "deepspeed", "zero": 2}, report_every_images=8,
+                    snapshot_every_images=10**6)
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree | {"cluster": {"workers": 2}}))
+    folder, log = tmp_path / "run" / "pretrain", tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", "pretrain", "long.yaml", "--out", "run"], cwd=tmp_path, stdout=file,
+            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(read_events(folder / "events.jsonl")) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+    started = family(process)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 1, log.read_text()[-3000:]
+    took = time.monotonic() - asked
+    newest = latest_valid(folder)
+    assert newest is not None, log.read_text()[-3000:]
+    images = int(newest.name.removeprefix("step-"))
+    assert f"graft: stopped at {images} images, as was asked; the same command goes on from there" in log.read_text()
+    assert read_events(folder / "events.jsonl")[-1]["images"] == images < 10**6
+    assert not (folder / STOP_FILE).exists()
+    assert took < 30, "what a scheduler grants before it kills"
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
