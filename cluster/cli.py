@@ -47,27 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception as error:
-        if type(error).__name__ == "Stopped":
-            print(f"graft: {error}", file=sys.stderr)
-            return 1
-        sentence = _mistake(error)
-        if sentence is None:
+        known = _known(error)
+        if known is None:
             raise
-        print(f"graft: {sentence}", file=sys.stderr)
-        return 1 if type(error).__name__ == "JobFailed" else 2
+        print(f"graft: {' '.join(str(known).split())}", file=sys.stderr)
+        return 2 if isinstance(known, ValueError) else 1
     return 0
 
 
-def _mistake(error: BaseException) -> str | None:
-    """The sentence of an error that needs no traceback, also when a Ray process raised it; None for any other."""
-    from cluster.errors import JobFailed
-    from data_shards.errors import UserError
+def _known(error: BaseException) -> BaseException | None:
+    """The error that needs no traceback, also when a Ray process raised it; None for any other."""
+    from data_shards.errors import Failure, UserError
 
     cause = getattr(error, "cause", None)  # Ray wraps what a remote process raised
-    for candidate in (cause, error):
-        if isinstance(candidate, UserError | JobFailed):
-            return " ".join(str(candidate).split())
-    return None
+    return next((one for one in (cause, error) if isinstance(one, UserError | Failure)), None)
 
 
 # ---- a run and its stages

@@ -1,7 +1,9 @@
-"""Errors of a job or a cluster that are not the caller's mistake, and need no traceback all the same."""
+"""Errors of a job or a cluster."""
 
 from __future__ import annotations
 
+from data_shards.errors import Failure
 
-class JobFailed(RuntimeError):
-    """A job was sent and did not end well: one sentence, exit code 1."""
+
+class JobFailed(Failure):
+    """A job was sent and did not end well."""

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import JobFailed
 from cluster.progress import progress
 from cluster.recipe import Recipe
 from data_shards import ShardSet
@@ -40,7 +41,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
 
     Raises:
         Stopped: when SIGTERM asked for it; the workers have written a checkpoint.
-        RuntimeError: the worker's own error, after the recipe's retries.
+        JobFailed: with the worker's own error, after the recipe's retries.
     """
     import ray.train
     from ray.train import RunConfig, ScalingConfig
@@ -72,7 +73,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
                 raise Stopped(int(newest.name.removeprefix("step-")))
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
-        raise RuntimeError(f"pretraining stopped: {_last_line(failures[0]) if failures else error}") from error
+        raise JobFailed(f"pretraining stopped: {_last_line(failures[0]) if failures else error}") from error
     finally:
         stop.set()
         watcher.join()

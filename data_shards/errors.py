@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class Failure(RuntimeError):
+    """What is not the caller's mistake and needs no traceback all the same: one sentence, exit code 1."""
+
+
 class UserError(ValueError):
     """The caller's mistake, or data that cannot be used: one sentence naming the value and the remedy."""
 

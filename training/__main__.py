@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from data_shards import UserError, open_set
+from data_shards.errors import Failure
 from training.config import parse_overrides
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
-from training.stopping import STOP_FILE, Stopped
+from training.stopping import STOP_FILE
 from training.world import join_world
 
 
@@ -41,9 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stopped as stopped:
-        if join_world().rank == 0:
-            print(stopped, flush=True)
+    except Failure as failure:
+        print(failure, file=sys.stderr)
         return 1
     if world.rank == 0:
         print(f"checkpoint: {checkpoint}")

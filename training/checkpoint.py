@@ -19,12 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_shards.errors import UserError
+from data_shards.errors import Failure, UserError
 from data_shards.files import hash_file, sync
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 logger = logging.getLogger("graft")
+
+class NotWritten(Failure):
+    """A checkpoint could not be written; those before it are untouched."""
+
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """File stem ("generator", "generator_ema", "generator_optimizer", ...) -> name -> tensor."""
@@ -34,7 +38,21 @@ def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any]) ->
     """Write ``folder`` whole or not at all; returns the hash of its `state.json`, which names the checkpoint's content.
 
     ``state`` must be JSON-ready and hold "images"; format version, library versions and file hashes are added.
+
+    Raises:
+        NotWritten: when the disk is full, or cannot be written.
     """
+    try:
+        _write(folder, tensors, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise NotWritten(f"the checkpoint {folder} cannot be written ({reason}); mend that, for instance by freeing space, and "
+                         "the same command goes on from the checkpoint before it.") from error
+    return checkpoint_hash(folder)
+
+
+def _write(folder: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -53,7 +71,6 @@ def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any]) ->
         shutil.rmtree(folder)
     partial.rename(folder)
     sync(folder.parent)
-    return checkpoint_hash(folder)
 
 
 def load_checkpoint(folder: Path, stems: tuple[str, ...] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

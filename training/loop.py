@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from data_shards.errors import Failure
 from training.draws import latents
 from training.ema import update_average
 from training.engines import Engine
@@ -53,7 +54,7 @@ class State:
         return {name: engine.module for name, engine in self.engines.items()}
 
 
-class NonFinite(RuntimeError):
+class NonFinite(Failure):
     """A loss or a weight became NaN or infinite; what was saved before is good."""
 
 

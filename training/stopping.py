@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from data_shards.errors import Failure
+
 STOP_FILE = ".stop"
 CHECK_EVERY_STEPS = 4  # the ranks must agree, which costs a small message
 
 StopAsked = Callable[[], bool]
 
 
-class Stopped(RuntimeError):
+class Stopped(Failure):
     """Training ended early because that was asked for; its state is in a checkpoint."""
 
     def __init__(self, images: int) -> None:

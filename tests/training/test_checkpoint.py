@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from data_shards import UserError
+from tests.toy import toy_set, toy_tree
 from training.checkpoint import (
     checkpoint_hash,
     checkpoint_problem,
@@ -30,6 +37,29 @@ WEIGHTS = {"generator": {"w": torch.arange(6.0).reshape(2, 3)}, "generator_ema":
 def save(parent: Path, images: int) -> Path:
     save_checkpoint(step_folder(parent, images), WEIGHTS, {"images": images})
     return step_folder(parent, images)
+
+
+def little_room() -> None:
+    """The kernel refuses files over 20 kB, as it does when a disk is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    toy_set(tmp_path / "source")
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text(yaml.safe_dump(toy_tree(tmp_path, images=64, generator={"channels": 16, "latent_dim": 4})))
+    command = [sys.executable, "-m", "training", str(recipe), "--out", str(tmp_path / "run")]
+    project = Path(__file__).resolve().parents[2]
+    options: dict[str, Any] = {"cwd": project, "env": {**os.environ, "PYTHONPATH": str(project)}, "capture_output": True,
+                               "text": True, "check": False}
+    assert subprocess.run([*command, "--set", "training.images=32"], **options).returncode == 0
+    full = subprocess.run(command, preexec_fn=little_room, **options)
+    assert full.returncode == 1
+    assert re.fullmatch(r"the checkpoint \S+step-000000000064 cannot be written \(.*File too large.*\); .*\n", full.stderr)
+    assert [path.name for path in (tmp_path / "run" / "pretrain").iterdir() if path.is_dir()] == ["step-000000000032"]
+    assert subprocess.run(command, **options).returncode == 0
+    assert latest_valid(tmp_path / "run" / "pretrain") == step_folder(tmp_path / "run" / "pretrain", 64)
 
 
 def test_what_is_written_is_read_and_holds_no_pickle(tmp_path: Path) -> None:

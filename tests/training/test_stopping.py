@@ -37,7 +37,8 @@ def test_sigterm_ends_in_a_checkpoint_and_the_resumed_run_is_bit_equal(tmp_path:
     recipe.write_text(yaml.safe_dump(toy_tree(tmp_path, images=64_000, **often)))
     command = [sys.executable, "-m", "training", str(recipe), "--out", str(run)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=environment)
     events = run / "pretrain" / "events.jsonl"
     deadline = time.monotonic() + 120
     while len(read_events(events)) < 10:
