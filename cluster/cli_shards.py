@@ -30,7 +30,7 @@ def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, m
 
 
 @shards.command(epilog="Example: graft shards pack photos --out data/photos --size 64 --reference 0.2")
-def pack(source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, a .zip, .tar, .npz, .npy or "
+def pack(source: Annotated[str, typer.Argument(metavar="SRC", help="A folder of images, a .zip, .tar, .npz, .npy or "
                                                 ".parquet file, or a folder of .parquet or WebDataset .tar files.")],
          out: Annotated[str, typer.Option("--out", metavar="DST", help="Folder for the shards, or a store's URL.")],
          size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 32,
@@ -44,7 +44,7 @@ def pack(source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of
          background: Annotated[int, typer.Option(help="Gray value behind transparency, 0 black to 255 white.")] = 255,
          keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Keep exact copies of an image.")] = False,
          near: Annotated[int, typer.Option(help="List images whose dHash differs in so many bits; -1: do not.")] = 4,
-         max_bad: Annotated[int, typer.Option(help="Unreadable images that are left out before it is an error.")] = 0,
+         max_bad: Annotated[int, typer.Option(min=0, help="Unreadable images that are left out before it is an error.")] = 0,
          seed: Annotated[int, typer.Option(min=0, help="Of the held-out draw and of the order.")] = 0,
          shard_samples: Annotated[int, typer.Option(min=1, help="Images in a shard at most.")] = 4096,
          shard_mb: Annotated[int, typer.Option(min=1, help="Megabytes of a shard at most.")] = 256,
@@ -84,6 +84,19 @@ def index(path: ShardFolder, channels: Annotated[int, typer.Option(help="1 gray,
     with counting(path) as show:
         made = index_tars(path, channels=channels, overwrite=overwrite, progress=show)
     print(f"{path}: {len(made)} images in {len(made.manifest.shards)} shards")
+
+
+@shards.command(epilog="Example: graft shards copy data/quickdraw/source s3://bucket/quickdraw/source")
+def copy(path: ShardFolder, out: Annotated[str, typer.Argument(metavar="DST", help="A folder, or a store's URL.")],
+         overwrite: Overwrite = False) -> None:
+    """Copy a set to another place as it is, hashing every shard on the way."""
+    from cluster.progress import counting
+    from data_shards import copy_set, open_set
+
+    opened = open_set(path)
+    with counting(path) as show:
+        made = copy_set(opened, out, overwrite=overwrite, progress=show)
+    print(f"{out}: {len(made)} images in {len(made.manifest.shards)} shards")
 
 
 @shards.command(epilog="Example: graft shards info data/quickdraw/source")

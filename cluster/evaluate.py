@@ -49,6 +49,9 @@ def evaluate(run: Path, *, net: str, samples: int | None = None, seeds: int | No
     if not rows:
         raise UserError(f"{run} has no finished final trial to score; finish it with `graft run`.")
     sets = {target.domain: set_place(recipe.data, target.set) for target in recipe.fanout.targets}
+    if lost := sorted({row["domain"] for row in rows} - sets.keys()):
+        raise UserError(f"{run} has trials of {', '.join(lost)}, which its recipe.yaml no longer lists; run on it the recipe "
+                        "that has them.")
     scored: list[dict[str, Any]] = []
     with progress(f"evaluate ({net})", len(rows), "trials") as show:
         for row in rows:

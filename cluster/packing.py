@@ -21,14 +21,14 @@ AHEAD = 2  # shards handed to Ray for each of its CPUs
 LINES = 4  # of progress where there is no terminal
 
 
-def pack(source: Path, out: str, size: int, channels: int, *, address: str | None, processes: int | None,
+def pack(source: str, out: str, size: int, channels: int, *, address: str | None, processes: int | None,
          scratch: str | None, **options: Any) -> ShardSet:
     """Pack `source` into `out` over the processes of this machine, or over the cluster at `address`; see `pack_source`.
 
     Raises:
         UserError: as `pack_source` does, and where a node cannot see `source` or `out`.
     """
-    with _progress(source.name) as progress:
+    with _progress(Path(source).name) as progress:
         common = {**options, "scratch": scratch, "progress": progress, "say": _say}
         if address is None:
             count = processes or len(os.sched_getaffinity(0))
@@ -39,11 +39,11 @@ def pack(source: Path, out: str, size: int, channels: int, *, address: str | Non
         shared = scratch if is_url(out) else Path(out).absolute().parent
         check_free(out, bool(options.get("overwrite")))
         with ray_session(address, folder=shared):
-            _check_seen(source)
+            _check_seen(Path(source))
             return pack_source(source, out, size, channels, map_fn=over_cluster, **common)
 
 
-def describe(source: Path, out: str, size: int, channels: int, *, overwrite: bool, **options: Any) -> Iterator[str]:
+def describe(source: str, out: str, size: int, channels: int, *, overwrite: bool, **options: Any) -> Iterator[str]:
     """The lines of a dry run."""
     check_free(out, overwrite)
     with tempfile.TemporaryDirectory(prefix="graft-") as scratch:

@@ -49,6 +49,12 @@ class Recipe(TrainingRecipe):
 
         return any(METHODS[name].start == "meta" for name in self.fanout.methods)
 
+    @property
+    def needs_pretrained(self) -> bool:
+        from training.methods import METHODS
+
+        return any(METHODS[name].start != "scratch" for name in self.fanout.methods)
+
     @model_validator(mode="after")
     def _meta_has_steps(self) -> Any:
         if self.needs_meta and not self.meta.steps:

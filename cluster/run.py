@@ -20,6 +20,7 @@ from cluster.recipe import Recipe
 from cluster.session import preflight, ray_session
 from data_shards import DATASETS, ShardSet, fetch, load_images, open_set
 from data_shards.errors import UserError
+from data_shards.parts import check_shapes
 from training.checkpoint import checkpoint_hash, latest_valid
 from training.events import append_event, read_events
 from training.meta.reptile import meta_id
@@ -54,7 +55,13 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
             console.print(line, markup=False)
         return
     source = ready_sets(recipe) if "shards" in chosen else open_set(set_place(recipe.data, recipe.data.source))
-    out.mkdir(parents=True, exist_ok=True)
+    finished_pretraining(recipe, source, out / "pretrain")  # refuses another recipe's before anything is written
+    if "fanout" in chosen and "pretrain" not in chosen and recipe.needs_pretrained:
+        _pretrained(recipe, source, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}); give another folder.") from error
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as stack:
         named = [*source_sets(recipe.data), *(target.set for target in recipe.fanout.targets)]
@@ -133,7 +140,7 @@ def ready_sets(recipe: Recipe) -> ShardSet:
         with _timed(None, "shards"):
             fetch(dataset, recipe.data.root, only=wanted)
     source = open_set(set_place(recipe.data, recipe.data.source))
-    source_parts(recipe.data, source)
+    check_shapes(source_parts(recipe.data, source))
     for target in recipe.fanout.targets:
         load_target(set_place(recipe.data, target.set), recipe.adaptation.shots, recipe.seed)
         shape = open_set(set_place(recipe.data, target.set)).manifest.image_shape
@@ -218,7 +225,7 @@ def plan_races(recipe: Recipe, source: ShardSet, out: Path) -> list[Race]:
             if meta is None:
                 raise UserError(f"{out} has no meta-learned weights for this recipe; run `graft metatrain` first.")
             starts["meta"] = Start(f"meta:{identity}", str(meta), checkpoint_hash(meta))
-    return races(recipe, recipe.fanout, Path(recipe.data.root), starts)
+    return races(recipe, recipe.fanout, starts)
 
 
 def _pretrained(recipe: Recipe, source: ShardSet, out: Path) -> Path:

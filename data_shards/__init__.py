@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data_shards.copies import copy_set
     from data_shards.datasets import DATASETS, fetch
     from data_shards.episodes import episode
     from data_shards.errors import BadImage, DamagedShard, UserError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from data_shards.sources.made import Sample
 
 _HOMES = {
+    "copies": ("copy_set",),
     "datasets": ("DATASETS", "fetch"),
     "episodes": ("episode",),
     "errors": ("BadImage", "DamagedShard", "UserError"),
@@ -45,6 +47,7 @@ __all__ = [
     "batches",
     "class_names",
     "class_parts",
+    "copy_set",
     "episode",
     "fetch",
     "index_tars",

@@ -271,8 +271,8 @@ def _pack(
 def _check_bad(bad: list[tuple[str, str]], max_bad: int) -> None:
     if len(bad) > max_bad:
         raise UserError(
-            f"{len(bad)} bad image(s), more than the {max_bad} allowed: {bad[-1][0]}: {bad[-1][1]}; remove it,"
-            " or allow more with --max-bad"
+            f"more than the {max_bad} bad image(s) allowed by --max-bad, such as {bad[-1][0]} ({bad[-1][1]}); remove them, or"
+            " allow more"
         )
 
 

@@ -49,6 +49,10 @@ def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path)
         return None
     _, state = load_checkpoint(newest, ("generator_ema",))
     check_same_pretraining(state, recipe, source, folder)
+    whole = -(-recipe.training.images // recipe.training.batch) * recipe.training.batch
+    if state["images"] > whole:
+        raise UserError(f"{folder} holds a pretraining of {state['images']} images, and {recipe.training.images} are asked "
+                        "for; give another --out, or at least as many images.")
     return newest if state["images"] >= recipe.training.images else None
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from data_shards.errors import UserError
+from data_shards.stores.places import parse_place
 from training.config import Config, apply_overrides, build, operational
 from training.engines import EngineConfig
 from training.models import MODELS
@@ -32,10 +33,27 @@ class DataConfig(Config):
     root: str = operational("data", "folder or URL that holds the fetched and packed sets")
     mix: dict[str, float] = Field({}, description="further sets to pretrain on, and the weight of each where the source's is 1")
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
-        "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name")
+        "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
+                               "then classes that are not named not at all")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
+
+    @field_validator("source", "root")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return check_address(value)
+
+    @field_validator("mix", "class_weights")
+    @classmethod
+    def _weights(cls, value: object) -> object:
+        for name, weight in value.items() if isinstance(value, dict) else ():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"the weight {weight} of {name} must be a number over 0; leave out what is not to be read")
+        if isinstance(value, dict):
+            for name in value:
+                check_address(name)
+        return value
 
 
 class TrainingConfig(Config):
@@ -44,7 +62,7 @@ class TrainingConfig(Config):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     engine: EngineConfig = EngineConfig()
-    images: int = Field(ge=0, description="real images seen over the whole pretraining")
+    images: int = Field(ge=1, description="real images seen over the whole pretraining")
     batch: int = Field(64, ge=1, description="images per step over all workers")
     ema_halflife_images: Schedule = Field(5000.0, description="half-life of the generator's moving average, in images")
     precision: Literal["auto", "bf16", "fp32"] = Field(
@@ -138,7 +156,9 @@ def read_recipe(model: type[RecipeT], name: str, overrides: Mapping[str, Any] | 
     """Read, override and validate a recipe; every stage and every trial gets its values through here."""
     path = find_recipe(name)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as such.") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_place(error)} is not valid YAML: {_problem(error)}.") from error
     if not isinstance(tree, dict):
@@ -146,6 +166,25 @@ def read_recipe(model: type[RecipeT], name: str, overrides: Mapping[str, Any] | 
     tree = apply_overrides(tree, overrides or {})
     tree.setdefault("name", path.stem)
     return resolve(model, tree, where=str(path), overrides=overrides or ())
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """As safe as yaml.SafeLoader, and a key that stands twice is an error: YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def check_address(value: str) -> str:
+    """Returns a set's folder or URL; raises `UserError` for a command or a scheme that is not read."""
+    if ":" in value and not Path(value).is_absolute():
+        parse_place(value)
+    return value
 
 
 def _place(error: yaml.YAMLError) -> str:

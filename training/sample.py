@@ -45,7 +45,7 @@ def sample_shards(checkpoint: Path, out: str, count: int, seed: int = 0, truncat
         UserError: when the checkpoint is damaged or is no generator's, or ``out`` is there already.
     """
     network, recipe, state = _averaged_generator(checkpoint)
-    provenance = {"checkpoint": str(checkpoint), "checkpoint_sha256": checkpoint_hash(checkpoint),
+    provenance = {"checkpoint": "/".join(checkpoint.resolve().parts[-3:]), "checkpoint_sha256": checkpoint_hash(checkpoint),
                   "images_seen": state["images"], "network": "generator_ema", "seed": seed, "truncation": truncation}
     known: dict[int, np.ndarray] = {}
 

@@ -9,13 +9,15 @@ from pydantic import Field, field_validator, model_validator
 
 from training.config import Config, operational
 from training.methods import METHODS
-from training.recipe import AdaptationConfig
+from training.recipe import AdaptationConfig, check_address
 from tune_spaces.space import Axis, check_axis
 
 
 class TargetConfig(Config):
     set: str = Field(description="target set: a folder below data.root, or a path")
     name: str = Field("", description="the domain's name in tables and folders; the last part of `set` when empty")
+
+    _address = field_validator("set")(check_address)
 
     @property
     def domain(self) -> str:

@@ -6,11 +6,11 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from training.methods import METHODS
 from training.recipe import TrainingRecipe
+from training.source import set_place
 from training.trial import Trial, trial_id
 from tune_spaces.config import FanoutConfig
 from tune_spaces.halving import SCHEDULERS, Ladder, winner
@@ -60,14 +60,14 @@ Rows = Mapping[str, Mapping[str, Any]]
 """Trial id -> the row that the trial wrote."""
 
 
-def races(recipe: TrainingRecipe, fanout: FanoutConfig, root: Path, starts: Mapping[str, Start]) -> list[Race]:
+def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Start]) -> list[Race]:
     """One race per domain and method. Seeds, support sets and latents are the same for every method of a domain."""
     count = fair_count(fanout.space, fanout.methods, fanout.candidates)
     ladder = Ladder(count, min(fanout.rungs, 1 + int(math.log(count, fanout.reduction) + 1e-9)), fanout.reduction)
     budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch) for rung in range(ladder.rungs))
     found = []
     for target in fanout.targets:
-        path = str((root / target.set).resolve())
+        path = set_place(recipe.data, target.set)
         for method in fanout.methods:
             make = functools.partial(_named, recipe, target.domain, path, method, starts.get(METHODS[method].start))
             drawn = candidates(fanout.space, method, count, recipe.seed)

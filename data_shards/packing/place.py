@@ -92,6 +92,8 @@ def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
     if is_url(out):
         url = os.fspath(out).rstrip("/")
         store = open_store(url)
+        if url.startswith(("http://", "https://")):
+            raise UserError(f"{url} is on a web server, which is only read; give a folder or an object store such as s3://")
         if store.exists(MANIFEST):
             if not overwrite:
                 raise UserError(f"{url} holds a set already; choose another place, or overwrite it with --overwrite")
@@ -99,13 +101,11 @@ def check_free(out: str | os.PathLike[str], overwrite: bool) -> None:
             raise UserError(f"{url} is not empty ({names[0]}) and holds no set; choose another place, or empty it")
         return
     target = local_path(out)
-    if target.exists() or target.is_symlink():
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        if not (target / MANIFEST).is_file():
+            raise UserError(f"{target} exists already and is no set of shards; choose another folder, or remove it")
         if not overwrite:
             raise UserError(f"{target} exists already; choose another folder, or overwrite it with --overwrite")
-        if not (target / MANIFEST).is_file():
-            raise UserError(
-                f"{target} is not a set of shards and is not overwritten; remove it or choose another folder"
-            )
 
 
 @contextlib.contextmanager

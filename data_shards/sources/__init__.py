@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_shards.errors import UserError
+from data_shards.manifest import MANIFEST
 from data_shards.sources import arrays, folder, tars, zips
 from data_shards.sources.base import Source
 
@@ -57,6 +58,11 @@ def open_source(path: Path, options: Options, kind: str | None = None) -> Source
         raise UserError(f"{path} is a folder, and a source of kind {kind} is a file; give the file")
     if path.is_file() and kind == "folder":
         raise UserError(f"{path} is not a folder; leave --kind out, or give the folder that holds the images")
+    if kind == "webdataset" and (path / MANIFEST).is_file():
+        raise UserError(
+            f"{path} is a set that was packed already, with its classes and splits; copy it by `graft shards copy`, or pack the"
+            " images that it was made of"
+        )
     try:
         return KINDS[kind](path, options)
     except UserError:

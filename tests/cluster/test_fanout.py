@@ -26,7 +26,7 @@ def board(tmp_path: Path) -> Board:
         "targets": [{"set": "near"}], "methods": ["scratch", "finetune"], "space": {"lr": [1e-4, 1e-3]}, "candidates": 2,
         "seeds": 3}})
     starts = {"pretrain": Start("pretrain", str(tmp_path / "step"), "0" * 64)}
-    return Board(recipe, tmp_path / "run", races(recipe, recipe.fanout, tmp_path, starts))
+    return Board(recipe, tmp_path / "run", races(recipe, recipe.fanout, starts))
 
 
 def played(board: Board, job: Job, score: float) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_options_reach_the_set(photos: Path, capsys: pytest.CaptureFixture[str])
     (["--reference", "1"], "reference 1.0"),
     (["--address", "127.0.0.1:1", "--processes", "2"], "give one of them"),
     (["--address", "127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
-    ([], "x.png: not a readable PNG"),
+    ([], "x.png (not a readable PNG"),
 ])
 def test_mistakes_are_one_sentence(photos: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     assert run(*words) == 2
@@ -90,7 +90,7 @@ def test_packing_over_ray_gives_the_same_bytes(photos: Path, tmp_path: Path, mon
     with ray_session(None, cpus=2):
         there = pack_source(photos, tmp_path / "there", 8, max_bad=1, shard_samples=7, map_fn=packing.over_cluster)
         assert there.manifest == here.manifest
-        with pytest.raises(UserError, match=r"more than the 0 allowed: a/x\.png"):
+        with pytest.raises(UserError, match=r"more than the 0 bad image\(s\) allowed by --max-bad, such as a/x\.png"):
             pack_source(photos, tmp_path / "bad", 8, map_fn=packing.over_cluster)
         packing._check_seen(photos)
         monkeypatch.setattr(packing, "_sight", lambda _path, _name: (str(os.getpid()), -1))

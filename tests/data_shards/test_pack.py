@@ -138,7 +138,7 @@ def test_bad_images_are_listed_counted_and_capped(tmp_path: Path) -> None:
     (root / "2.png").write_bytes(b"not a picture")
     (root / "4.png").write_bytes((root / "4.png").read_bytes()[:100])
     (root / "old.bmp").write_bytes(b"BM")
-    with pytest.raises(UserError, match=r"bad image\(s\), more than the 2 allowed: .*--max-bad"):
+    with pytest.raises(UserError, match=r"more than the 2 bad image\(s\) allowed by --max-bad"):
         pack_source(root, tmp_path / "out", 8, 1, max_bad=2)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
     shard_set = pack_source(root, tmp_path / "out", 8, 1, max_bad=3)
@@ -188,7 +188,7 @@ def test_overwriting_replaces_a_set_and_nothing_else(tmp_path: Path, make_set: M
     assert len(list((tmp_path / "set").glob("*.tar"))) == 1
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="is not a set"):
+    with pytest.raises(UserError, match="is no set"):
         make_set(5, name="precious", overwrite=True)
     assert (tmp_path / "precious" / "thesis.txt").exists()
 
@@ -256,3 +256,16 @@ def test_fitting_follows_the_written_policy() -> None:
 def test_png_is_lossless(channels: int) -> None:
     image = picture(3, channels)
     assert np.array_equal(decode_image(encode_png(image), channels), image)
+
+
+def test_an_empty_folder_is_filled_and_a_packed_set_is_not_packed_again(make_set: MakeSet, tmp_path: Path) -> None:
+    shard_set = make_set(10)
+    with pytest.raises(UserError, match="graft shards copy"):
+        pack_source(shard_set.path, tmp_path / "again", 8, 1)
+    Image.fromarray(picture(0)[0]).save(tmp_path / "one.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "one.png").rename(tmp_path / "in" / "one.png")
+    (tmp_path / "empty").mkdir()
+    assert len(pack_source(tmp_path / "in", tmp_path / "empty", 8, 1)) == 1
+    with pytest.raises(UserError, match="is only read"):
+        pack_source(tmp_path / "in", "https://example.org/x", 8, 1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards import ShardSet, UserError, batches, index_tars, load_images, open_set, verify
+from data_shards import ShardSet, UserError, batches, copy_set, index_tars, load_images, open_set, verify
 from data_shards.stores import Store, open_store
 from tests.data_shards.conftest import MakeSet
 from tests.data_shards.servers import FakeServer
@@ -121,6 +121,22 @@ def test_a_remote_set_without_a_manifest_is_indexed_where_it_lies(make_set: Make
     opened = index_tars(f"{s3}/tars", channels=1)
     assert [shard.sha256 for shard in opened.manifest.shards] == [shard.sha256 for shard in shard_set.manifest.shards]
     assert torch.equal(load_images(opened, np.arange(30))[0], load_images(shard_set, np.arange(30))[0])
+
+
+def test_a_set_is_copied_to_a_store_and_back(make_set: MakeSet, s3: str, tmp_path: Path) -> None:
+    shard_set = make_set(30)
+    far = copy_set(shard_set, f"{s3}/copied")
+    back = copy_set(far, tmp_path / "back")
+    assert far.manifest == back.manifest == shard_set.manifest
+    verify(back)
+    with pytest.raises(UserError, match="holds a set already"):
+        copy_set(shard_set, f"{s3}/copied")
+    path = back.shard_path(1)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=path.name):
+        copy_set(open_set(tmp_path / "back"), f"{s3}/damaged")
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+        open_set(f"{s3}/damaged")
 
 
 def test_an_upload_without_its_last_file_is_no_set(make_set: MakeSet, s3: str) -> None:

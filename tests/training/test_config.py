@@ -48,6 +48,27 @@ def test_a_wrong_value_is_one_sentence(tmp_path: Path, overrides: dict[str, obje
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("data", "sentence"), [
+    ({"source": "pipe:touch canary"}, "not an address that is read"), ({"root": "ftp://host/x"}, "not an address that is read"),
+    ({"mix": {"other": -1.0}}, "weight -1.0 of other"), ({"mix": {"other": float("nan")}}, "weight nan of other"),
+    ({"mix": {"hf://other": 1.0}}, "not an address that is read"), ({"class_weights": {"cat": 0.0}}, "weight 0.0 of cat")])
+def test_sets_and_weights_that_cannot_be_are_refused_when_the_recipe_is_read(tmp_path: Path, data: dict[str, object],
+                                                                            sentence: str) -> None:
+    tree = toy_tree(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        read_recipe(TrainingRecipe, write(tmp_path, tree | {"data": {"source": "source", "root": "data"} | data}))
+
+
+def test_a_key_that_stands_twice_and_a_file_that_is_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {source: a}\ntraining:\n  batch: 32\n  batch: 16\n")
+    with pytest.raises(UserError, match="line 4, column 3, is not valid YAML: the key 'batch' stands twice"):
+        read_recipe(TrainingRecipe, str(path))
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_recipe(TrainingRecipe, str(path))
+
+
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="smoke"):
         read_recipe(TrainingRecipe, "no-such-recipe")

@@ -90,6 +90,14 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         pretrain(toy_recipe(tmp_path, batch=4), source, tmp_path / "run", World())
 
 
+def test_fewer_images_than_a_folder_holds_are_refused(tmp_path: Path) -> None:
+    source = toy_set(tmp_path / "source")
+    pretrain(toy_recipe(tmp_path, images=20), source, tmp_path / "run", World())
+    assert finished_pretraining(toy_recipe(tmp_path, images=20), source, tmp_path / "run" / "pretrain"), "24 = 3 whole batches"
+    with pytest.raises(UserError, match="of 24 images, and 16 are asked for"):
+        finished_pretraining(toy_recipe(tmp_path, images=16), source, tmp_path / "run" / "pretrain")
+
+
 def test_divergence_stops_and_saves_nothing_broken(tmp_path: Path) -> None:
     source = toy_set(tmp_path / "source")
     recipe = toy_recipe(tmp_path, generator={"channels": 4, "latent_dim": 4, "lr": 1e30})

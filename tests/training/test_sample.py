@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_generated_set_is_a_source_with_provenance(checkpoint: Path, tmp_path: Path) -> None:
     made = sample_shards(checkpoint, str(tmp_path / "synthetic"), 300, seed=4, truncation=1.0)
     assert made.manifest.provenance == {
-        "checkpoint": str(checkpoint), "checkpoint_sha256": checkpoint_hash(checkpoint), "images_seen": 16,
+        "checkpoint": f"run/pretrain/{checkpoint.name}", "checkpoint_sha256": checkpoint_hash(checkpoint), "images_seen": 16,
         "network": "generator_ema", "seed": 4, "truncation": 1.0}
     assert open_set(tmp_path / "synthetic").manifest == made.manifest and len(made) == 300
     shorter = sample_shards(checkpoint, str(tmp_path / "shorter"), 20, seed=4, truncation=1.0)
