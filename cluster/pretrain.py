@@ -71,6 +71,8 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
             newest = latest_valid(folder)
             if asked() and newest and finished_pretraining(recipe, source, folder) is None:
                 raise Stopped(int(newest.name.removeprefix("step-")))
+    except SystemExit as leaving:  # Ray Train's answer to Ctrl-C, which would end the program without a word
+        raise KeyboardInterrupt from leaving
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
         raise JobFailed(f"pretraining stopped: {_last_line(failures[0]) if failures else error}") from error

@@ -22,7 +22,8 @@ from training.stopping import STOP_FILE
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def test_sigterm_to_the_driver_leaves_a_checkpoint_of_that_moment(tmp_path: Path) -> None:
+def start_long(tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path, Path]:
+    """The driver of a pretraining that would go on for hours, once it has reported; the run's pretrain folder and the log."""
     toy_set(tmp_path / "source")
     tree = toy_tree(tmp_path, images=10**6, engine={"kind": "deepspeed", "zero": 2}, report_every_images=8,
                     snapshot_every_images=10**6)
@@ -36,6 +37,11 @@ def test_sigterm_to_the_driver_leaves_a_checkpoint_of_that_moment(tmp_path: Path
     while len(read_events(folder / "events.jsonl")) < 5:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.05)
+    return process, folder, log
+
+
+def test_sigterm_to_the_driver_leaves_a_checkpoint_of_that_moment(tmp_path: Path) -> None:
+    process, folder, log = start_long(tmp_path)
     started = family(process)
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -48,5 +54,15 @@ def test_sigterm_to_the_driver_leaves_a_checkpoint_of_that_moment(tmp_path: Path
     assert read_events(folder / "events.jsonl")[-1]["images"] == images < 10**6
     assert not (folder / STOP_FILE).exists()
     assert took < 30, "what a scheduler grants before it kills"
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_interrupt_is_said(tmp_path: Path) -> None:
+    process, _, log = start_long(tmp_path)
+    started = family(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 1, log.read_text()[-3000:]
+    assert log.read_text().endswith("graft: interrupted; the same command goes on from where it was\n")
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
