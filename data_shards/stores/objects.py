@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +71,25 @@ class ObjectStore(Store):
 
     def _put(self, file: Path, name: str) -> None:
         size = file.stat().st_size
-        self._call("put_file", str(file), self._path(name), limit_s=time_limit_s(size))
+        with self._bucket_needed():
+            self._call("put_file", str(file), self._path(name), limit_s=time_limit_s(size))
         if self._size(name) != size:
             raise ConnectionError("the upload is not whole")
 
     def _write(self, name: str, data: bytes) -> None:
-        self._call("pipe_file", self._path(name), data, limit_s=time_limit_s(len(data)))
+        with self._bucket_needed():
+            self._call("pipe_file", self._path(name), data, limit_s=time_limit_s(len(data)))
 
     def _remove(self, name: str) -> None:
         self._call("rm_file", self._path(name))
+
+    @contextmanager
+    def _bucket_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            bucket = "/".join(self.name.split("/")[:3])
+            raise UserError(f"there is no {bucket} to write to; make the bucket, or check the address") from None
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         path = f"{self.name}/{folder}".rstrip("/")

@@ -139,6 +139,11 @@ def test_a_set_is_copied_to_a_store_and_back(make_set: MakeSet, s3: str, tmp_pat
         open_set(f"{s3}/damaged")
 
 
+def test_a_bucket_that_is_not_there_is_named(make_set: MakeSet, s3: str) -> None:
+    with pytest.raises(UserError, match="there is no s3://nowhere to write to; make the bucket"):
+        copy_set(make_set(5), "s3://nowhere/a")
+
+
 def test_an_upload_without_its_last_file_is_no_set(make_set: MakeSet, s3: str) -> None:
     upload(make_set(10), f"{s3}/half", leave_out="manifest.json")
     with pytest.raises(UserError, match=r"holds no manifest\.json"):
