@@ -127,8 +127,12 @@ def leaderboard_table(leaderboard: Mapping[str, Any]) -> Table:
     verdicts = leaderboard.get("verdicts") or []
     finals = [row for row in leaderboard.get("rows") or [] if row.get("phase") != "search"]
     methods = order_methods(v.get("method") for v in verdicts)
-    kid = decimals(v.get("kid_mean") for v in verdicts)
-    gain = gain_decimals(verdicts)
+    by_domain: dict[str, list[Row]] = {}
+    for v in verdicts:
+        by_domain.setdefault(str(v.get("domain")), []).append(v)
+    # By domain: a KID of 0.6 beside one of 30 needs other places.
+    kids = {domain: decimals(v.get("kid_mean") for v in group) for domain, group in by_domain.items()}
+    gains = {domain: gain_decimals(group) for domain, group in by_domain.items()}
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("domain", "method"):
         table.add_column(name, no_wrap=name == "method")
@@ -147,6 +151,7 @@ def leaderboard_table(leaderboard: Mapping[str, Any]) -> Table:
             said += f" ({v['disqualified']}/{v.get('seeds', '?')})"
         domain = str(v.get("domain"))
         control = v.get("method") == "scratch"
+        kid, gain = kids[str(v.get("domain"))], gains[str(v.get("domain"))]
         gained = with_interval(signed(v.get("gain_over_scratch"), gain), v.get("gain_ci95"), gain)
         table.add_row(Text(domain if domain != last else ""), Text(str(v.get("method"))),
                       Text(with_interval(number(v.get("kid_mean"), kid), kid_interval(v, finals), kid)),
