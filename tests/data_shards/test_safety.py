@@ -274,7 +274,7 @@ def test_only_allowed_formats_are_decoded_whatever_the_name(tmp_path: Path, cana
             index_tars(tmp_path / str(number), channels=1)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(eps)
-    with pytest.raises(UserError, match=r"a\.png: not a readable PNG"):
+    with pytest.raises(UserError, match=r"a\.png \(not a readable PNG"):
         pack_source(tmp_path / "in", tmp_path / "out", 8)
 
 
