@@ -55,9 +55,9 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
             console.print(line, markup=False)
         return
     source = ready_sets(recipe) if "shards" in chosen else open_set(set_place(recipe.data, recipe.data.source))
-    finished_pretraining(recipe, source, out / "pretrain")  # refuses another recipe's before anything is written
+    done = finished_pretraining(recipe, source, out / "pretrain")  # refuses another recipe's before anything is written
     if "fanout" in chosen and "pretrain" not in chosen and recipe.needs_pretrained:
-        _pretrained(recipe, source, out)
+        _require_pretrained(recipe, out, done)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +69,7 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
         start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))
         board = None
         if "pretrain" in chosen:
-            _pretrain(recipe, source, out, start_ray)
+            _pretrain(recipe, source, out, done, start_ray)
         if "encoder" in chosen:
             _encoder(recipe, source, out)
         if "metatrain" in chosen and (recipe.needs_meta or stages):
@@ -150,8 +150,7 @@ def ready_sets(recipe: Recipe) -> ShardSet:
     return source
 
 
-def _pretrain(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> None:
-    done = finished_pretraining(recipe, source, out / "pretrain")
+def _pretrain(recipe: Recipe, source: ShardSet, out: Path, done: Path | None, start_ray: Callable[[], None]) -> None:
     if done:
         console.print(f"pretrain  already done: {done}")
         return
@@ -229,7 +228,10 @@ def plan_races(recipe: Recipe, source: ShardSet, out: Path) -> list[Race]:
 
 
 def _pretrained(recipe: Recipe, source: ShardSet, out: Path) -> Path:
-    checkpoint = finished_pretraining(recipe, source, out / "pretrain")
+    return _require_pretrained(recipe, out, finished_pretraining(recipe, source, out / "pretrain"))
+
+
+def _require_pretrained(recipe: Recipe, out: Path, checkpoint: Path | None) -> Path:
     if checkpoint is None:
         raise UserError(f"{out} has no finished pretraining of {recipe.training.images} images; run `graft pretrain` first.")
     return checkpoint

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_shards.errors import DamagedShard, UserError
-from data_shards.manifest import COLUMNS, MANIFEST, PART_BYTES, SAMPLES, Shard, ShardSet, open_set
+from data_shards.manifest import COLUMNS, MANIFEST, SAMPLES, Shard, ShardSet, open_set
 from data_shards.stores import Store, open_store
 from data_shards.stores.cache import cached_file
 
@@ -53,8 +53,7 @@ def _fetched(store: Store, shard: Shard, path: Path) -> Path:
     """A copy of a shard on this machine, which has the hash of the manifest."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for start in range(0, shard.size + 1, PART_BYTES):  # a byte more than there should be, to see that there is none
-            data = store.read(shard.name, start, min(start + PART_BYTES, shard.size + 1))
+        for data in store.parts(shard.name, shard.size + 1):  # a byte more than there should be, to see that there is none
             digest.update(data)
             file.write(data)
     if digest.hexdigest() != shard.sha256:

@@ -16,7 +16,6 @@ from data_shards.files import hash_file
 from data_shards.images import MAX_BYTES, SUFFIXES, decode_image
 from data_shards.manifest import (
     MANIFEST,
-    PART_BYTES,
     Manifest,
     Shard,
     ShardSet,
@@ -111,10 +110,9 @@ def _at_hand(store: Store, name: str) -> Iterator[Path]:
         yield store.local / name
         return
     with tempfile.TemporaryDirectory() as scratch:
-        path, size = Path(scratch) / name, store.size(name)
+        path = Path(scratch) / name
         with path.open("wb") as file:
-            for start in range(0, size, PART_BYTES):
-                file.write(store.read(name, start, min(size, start + PART_BYTES)))
+            file.writelines(store.parts(name, store.size(name)))
         yield path
 
 

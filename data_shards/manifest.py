@@ -32,7 +32,6 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples"
 SPLITS = ("train", "reference")
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
-PART_BYTES = 8 * 1024 * 1024  # of a shard, in one request
 
 COLUMNS: dict[str, str] = {
     "offset": "<u8",  # of the image's bytes in its shard
@@ -288,8 +287,8 @@ def _hash(store: Store, shard: Shard) -> str:
         file_size(store.local / shard.name)  # a pipe in its place would be read for ever
         return hash_file(store.local / shard.name)
     digest = hashlib.sha256()
-    for start in range(0, shard.size + 1, PART_BYTES):  # a byte more than there should be, to see that there is none
-        digest.update(store.read(shard.name, start, min(start + PART_BYTES, shard.size + 1)))
+    for data in store.parts(shard.name, shard.size + 1):  # a byte more than there should be, to see that there is none
+        digest.update(data)
     return digest.hexdigest()
 
 

@@ -30,9 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         source = open_set(set_place(recipe.data, recipe.data.source))
         world = join_world()
         run = (options.out or Path("runs") / recipe.name).resolve()
-        if finished_pretraining(recipe, source, run / "pretrain"):
-            checkpoint = finished_pretraining(recipe, source, run / "pretrain")
-            print(f"already trained: {checkpoint}")
+        if done := finished_pretraining(recipe, source, run / "pretrain"):
+            print(f"already trained: {done}")
             return 0
         if world.rank == 0:
             each = per_worker_batch(recipe.training.batch, world.size, recipe.data.streams)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,8 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from data_shards.errors import BadImage, UserError
-from data_shards.files import sync
 from data_shards.images import MAX_PIXELS
-from data_shards.sources.base import Files, Source, check_count, check_total, stamp
+from data_shards.sources.base import Files, Source, check_count, check_total, stamp, unpack
 from data_shards.sources.labels import Labels, from_numbers, from_values
 
 MAX_LABEL_BYTES = 1024 * 1024 * 1024
@@ -240,13 +238,6 @@ def _in_place(
         return Array(str(path), info.header_offset + 30 + name + extra + start, shape, dtype)
     out = scratch / f"{hashlib.sha256(f'{path.name} {member} {stamp(path)}'.encode()).hexdigest()[:24]}.npy"
     if not out.exists():
-        scratch.mkdir(parents=True, exist_ok=True)
-        temporary, total = out.with_suffix(".partial"), 0
-        with archive.open(member) as packed, temporary.open("wb") as plain:
-            while chunk := packed.read(1 << 20):
-                total += len(chunk)
-                check_total(total, path)
-                plain.write(chunk)
-        sync(temporary)
-        os.replace(temporary, out)
+        with archive.open(member) as packed:
+            unpack(packed, out, path)
     return Array(str(out), start, shape, dtype)

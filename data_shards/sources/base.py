@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from data_shards.errors import BadImage, UserError
+from data_shards.files import sync
 from data_shards.images import FORMATS, MAX_BYTES, SUFFIXES
 
 MAX_ITEMS = 100_000_000
@@ -165,6 +166,22 @@ def check_total(total: int, path: Path) -> None:
             f"{path} of {size} bytes would unpack to over {RATIO} times as much, as a bomb does; unpack it yourself if you"
             " trust it, and give the folder"
         )
+
+
+def unpack(packed: IO[bytes], out: Path, path: Path) -> None:
+    """Writes what `packed`, opened from the file at `path`, holds to `out`, whole or not at all.
+
+    Raises `UserError` as soon as it is absurdly more than the file's own size.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary, total = out.with_suffix(".partial"), 0
+    with temporary.open("wb") as plain:
+        while chunk := packed.read(1 << 20):
+            total += len(chunk)
+            check_total(total, path)
+            plain.write(chunk)
+    sync(temporary)
+    os.replace(temporary, out)
 
 
 def check_count(count: int, path: Path) -> int:

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import BadImage, UserError
-from data_shards.files import sync
 from data_shards.images import FORMATS, SUFFIXES
 from data_shards.sources.base import (
     Files,
@@ -29,10 +27,10 @@ from data_shards.sources.base import (
     Source,
     check_count,
     check_name,
-    check_total,
     is_picture,
     pick,
     stamp,
+    unpack,
 )
 from data_shards.sources.labels import LABELS, MAX_CLASS_NAME, Labels, from_names, from_values, without_wrapper
 from data_shards.tarfiles import members
@@ -94,15 +92,8 @@ def unpacked(path: Path, scratch: Path) -> Path:
         return path
     out = scratch / f"{hashlib.sha256(f'{path.name} {stamp(path)}'.encode()).hexdigest()[:24]}.tar"
     if not out.exists():
-        scratch.mkdir(parents=True, exist_ok=True)
-        temporary, total = out.with_suffix(".partial"), 0
-        with opener(path) as packed, temporary.open("wb") as plain:
-            while chunk := packed.read(1 << 20):
-                total += len(chunk)
-                check_total(total, path)
-                plain.write(chunk)
-        sync(temporary)
-        os.replace(temporary, out)
+        with opener(path) as packed:
+            unpack(packed, out, path)
     return out
 
 

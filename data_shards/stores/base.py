@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -16,6 +16,7 @@ from data_shards.stores.places import check_name
 from data_shards.stores.retries import retried
 
 MAX_READ = 1024**3  # bytes of one read
+PART_BYTES = 8 * 1024 * 1024  # of a file that is read in parts
 
 T = TypeVar("T")
 
@@ -45,6 +46,11 @@ class Store:
         if len(data) > cap:
             raise UserError(f"{where} has over {cap} bytes, the cap for a file read whole; give the right file")
         return data
+
+    def parts(self, name: str, size: int) -> Iterator[bytes]:
+        """Yields the first `size` bytes of a file, in reads of at most `PART_BYTES`; fewer where it ends before."""
+        for start in range(0, size, PART_BYTES):
+            yield self.read(name, start, min(start + PART_BYTES, size))
 
     def size(self, name: str) -> int:
         """Returns the bytes in a file; raises `UserError` if it is missing."""

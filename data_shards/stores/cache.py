@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import DamagedShard, UserError
+from data_shards.files import hash_file
 from data_shards.stores.base import Store
 from data_shards.stores.cache_files import Cache, locked, new_file, open_cache, open_cached, remove_cached, write_all
 
@@ -42,7 +43,7 @@ def cached_file(store: Store, name: str, sha256: str, size: int, cache: Cache | 
     """
     if store.local is not None:
         path = store.local / name
-        if store.size(name) != size or _hash(path) != sha256:
+        if store.size(name) != size or hash_file(path) != sha256:
             raise _other_hash(store, name, size)
         return path
     cache = cache or open_cache()
@@ -362,11 +363,6 @@ def _download(store: Store, name: str, sha256: str, size: int, cache: Cache) -> 
             write_all(cache, descriptor, data)
         if digest.hexdigest() != sha256:
             raise _other_hash(store, name, size)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(store: Store, name: str, offset: int, reason: str) -> DamagedShard:
