@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, argu
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # as every launcher does
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     try:
-        torch.save(function(World(rank, size), *arguments), Path(folder) / f"{rank}.pt")
+        result = function(World(rank, size), *arguments)
+        torch.save(result, Path(folder) / f".{rank}.pt")
+        (Path(folder) / f".{rank}.pt").rename(Path(folder) / f"{rank}.pt")
+        # A rank that leaves its group while another is still in the last collective can abort: all leave together.
+        deadline = time.monotonic() + 60
+        while len(list(Path(folder).glob("[0-9]*.pt"))) < size and time.monotonic() < deadline:
+            time.sleep(0.01)
     finally:
         dist.destroy_process_group()
 
