@@ -40,7 +40,7 @@ class Recipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _workers_divide(self) -> Any:
-        per_worker_batch(self.training.batch, self.cluster.workers, self.data.streams)
+        per_worker_batch(self.training.batch, self.cluster.workers, self.data.streams, self.training.engine.accumulation)
         return self
 
     @property

@@ -148,10 +148,10 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def autocast(precision: str) -> AbstractContextManager[object]:
-    """bf16 autocast under "bf16", and under "auto" where the processor itself computes bf16."""
+    """fp16 or bf16 autocast under the precision of that name, bf16 under "auto" where the processor itself computes it."""
     if precision == "fp32" or (precision == "auto" and not has_bf16()):
         return nullcontext()
-    return torch.autocast(device().type, dtype=torch.bfloat16)
+    return torch.autocast(device().type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _collect(state: State, plan: Plan, world: World) -> dict[str, float]:
     if broken:
         raise NonFinite(f"{broken[0]} is not finite after {state.images} images; lower the learning rates or raise r1 and "
                         f"r2. The last checkpoint is good.")
-    if skipped:
+    if skipped and plan.precision != "fp16":  # whose scale is found by overflowing
         _rescue(state, plan, skipped)
         metrics["skipped_steps"], metrics["lr_scale"] = float(skipped), state.lr_scale
     return metrics

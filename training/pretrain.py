@@ -82,7 +82,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     config = recipe.training
     torch.set_num_threads(config.threads)
     parts = source_parts(recipe.data, source)
-    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
+    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
     folder = run / "pretrain"
     newest = latest_valid(folder)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
@@ -95,7 +95,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
-                                 state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
+                                 precision=config.precision, state=tensors.get(f"{name}_optimizer"))
+               for name, network in networks.items()}
     state = State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))},
                   images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0))
 

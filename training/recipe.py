@@ -20,7 +20,7 @@ from training.engines import EngineConfig
 from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import ObjectiveConfig
-from training.schedule import Schedule, check_schedule
+from training.schedule import Schedule, check_schedule, value_at
 from training.wandb_log import WandbConfig
 
 HIGHER_SECTIONS = ("fanout", "cluster")
@@ -65,8 +65,9 @@ class TrainingConfig(Config):
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
     batch: int = Field(64, ge=1, description="images per step over all workers")
     ema_halflife_images: Schedule = Field(5000.0, description="half-life of the generator's moving average, in images")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="bf16 autocasts where the processor computes bf16 itself under auto; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "bf16_weights", "fp16"] = Field(
+        "auto", description="bf16 and fp16 autocast over fp32 weights, auto to bf16 where the processor computes it itself; "
+                            "bf16_weights: the networks hold bf16 and DeepSpeed's optimizer, sharded, the fp32 masters")
     threads: int = Field(1, ge=1, description="CPU threads of each worker and trial")
     rescues: int = Field(3, ge=0, description="times that the learning rates are halved because steps were left out whose "
                                               "gradients were not finite; then training ends")
@@ -75,6 +76,38 @@ class TrainingConfig(Config):
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> TrainingConfig:
+        engine, names = self.engine, ("generator", "discriminator")
+        named = {"zero": engine.zero if isinstance(engine.zero, dict) else {}, "compile": engine.compile}
+        for key, networks in named.items():
+            for name in networks:
+                if name not in names:
+                    raise ValueError(f"engine.{key} names {name!r}, but the networks are {' and '.join(names)}")
+        penalised = any(value_at(weight, images) for weight in (self.objective.r1, self.objective.r2)
+                        for images in range(0, self.images, max(self.images // 100, 1)))
+        if "discriminator" in engine.compile and penalised:
+            raise ValueError("engine.compile cannot have the discriminator while objective.r1 or r2 are on, since a compiled "
+                             "network has no double backward; compile the generator only")
+        for name in engine.compile:
+            if engine.stage(name) == 3:
+                raise ValueError(f"engine.compile cannot have the {name} at ZeRO 3, which gathers weights between its layers; "
+                                 "use zero 2")
+        if engine.checkpoint_activations and engine.stage("discriminator") == 3 and penalised:
+            raise ValueError("engine.checkpoint_activations does not go with penalties at ZeRO 3, whose finite differences "
+                             "hold rectifiers in the forward pass only; use zero {generator: 3, discriminator: 2}")
+        if self.precision == "bf16_weights":
+            if engine.kind != "deepspeed" or min(engine.stage(name) for name in names) < 2:
+                raise ValueError("precision bf16_weights needs engine.kind deepspeed and zero 2 or 3, which keep fp32 masters "
+                                 "of their share; or use bf16")
+            if engine.stage("discriminator") == 3 and penalised:
+                raise ValueError("precision bf16_weights does not go with penalties at ZeRO 3, whose finite differences need "
+                                 "fp32 weights; use precision bf16")
+        if self.precision == "fp16" and engine.kind != "torch":
+            raise ValueError("precision fp16 needs engine.kind torch, since DeepSpeed scales the loss for fp16 weights only; "
+                             "or use bf16")
+        return self
 
     @property
     def exact_penalties(self) -> bool:
@@ -211,8 +244,8 @@ def resolve(model: type[RecipeT], tree: Mapping[str, Any], *, where: str, overri
     return build(model, known, where=where, overrides=overrides)
 
 
-def per_worker_batch(batch: int, workers: int, streams: int) -> int:
-    """Global batch / workers.
+def per_worker_batch(batch: int, workers: int, streams: int, accumulation: int = 1) -> int:
+    """Global batch / workers, which the micro-batches of ``accumulation`` must divide.
 
     Raises:
         UserError: when the batch or the canonical streams do not divide, with the nearest values that do.
@@ -225,4 +258,7 @@ def per_worker_batch(batch: int, workers: int, streams: int) -> int:
         divisors = [str(w) for w in range(1, streams + 1) if streams % w == 0]
         raise UserError(f"{workers} workers do not divide the {streams} canonical streams (data.streams); "
                         f"use one of {', '.join(divisors)}.")
+    if batch // workers % accumulation:
+        raise UserError(f"training.batch = {batch} over {workers} workers is {batch // workers} images each, which "
+                        f"training.engine.accumulation = {accumulation} does not divide; lower it.")
     return batch // workers
