@@ -10,6 +10,7 @@ judged: each counts for its nearest mode if it lies within 3 sd. Losses and pena
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 
 from benchmarks.science.stacked import Discriminator, Generator
 from training.draws import generator as draw
-from training.ema import make_average, update_average
 from training.loop import autocast
 from training.objectives import OBJECTIVES, PENALTIES
 from training.objectives.packing import pack
@@ -67,7 +67,7 @@ class Row:
     packed: int = 1
     lr: Schedule = 1e-4
     betas: tuple[float, float] = (0.8, 0.999)
-    ema_halflife: Schedule = 0.0  # as a share of training
+    ema_halflife: float = 0.0  # of G's moving average, as a share of training
     hidden: tuple[int, int] = (400, 200)  # units of G's and D's hidden layers
     pacgan_nets: bool = False  # batch normalisation in G, all weights N(0, 0.02^2)
 
@@ -88,12 +88,12 @@ def judge(points: Tensor, mixture: Mixture) -> dict[str, float]:
     return {"modes": float((counts > 0).sum()), "high_quality": float(counts.sum()) / len(points), "kl": float(kl)}
 
 
-def train(row: Row, mixture: Mixture, seeds: Sequence[int], steps: int, *, curve: int = 0) -> list[dict[str, float]]:
-    """Train one copy for each seed, all at once; returns each copy's scores, and prints them ``curve`` times on the way."""
+def train(row: Row, mixture: Mixture, seeds: Sequence[int], steps: int) -> list[dict[str, float]]:
+    """Train one copy for each seed, all at once; returns each copy's scores."""
     copies, objective = len(seeds), OBJECTIVES[row.loss]
     g = Generator(seeds, hidden=row.hidden[0], batch_norm=row.pacgan_nets)
     d = Discriminator(seeds, inside=2 * row.packed, hidden=row.hidden[1], std=0.02 if row.pacgan_nets else None)
-    average = make_average(g)
+    average = copy.deepcopy(g).requires_grad_(False)
     config = OptimizerConfig(betas=row.betas)
     optimizers = {name: make_optimizer([p for p in network.parameters() if p.requires_grad], config)
                   for name, network in (("g", g), ("d", d))}
@@ -148,10 +148,11 @@ def train(row: Row, mixture: Mixture, seeds: Sequence[int], steps: int, *, curve
             loss = objective.generator(real_logits, logits(packs(g(z_g[k])).flatten(0, 1)))
         _step(optimizers["g"], loss * copies, value_at(row.lr, progress))
         d.requires_grad_(True)
-        update_average(average, g, batch=1, halflife_images=value_at(row.ema_halflife, progress) * steps)
-        if curve and (step + 1) % max(1, steps // curve) == 0:
-            print(step + 1, [{k: round(v, 3) for k, v in s.items()} for s in _scores(average, mixture, seeds)], flush=True)
-    return _scores(average, mixture, seeds)
+        if row.ema_halflife:
+            weight = 1 - 0.5 ** (1 / (row.ema_halflife * steps))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(g.parameters()), weight)
+    return _scores(average if row.ema_halflife else g, mixture, seeds)
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:

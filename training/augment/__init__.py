@@ -24,7 +24,8 @@ from training.augment.strength import Strength, adjust, read_strength
 from training.config import Config, one_of
 from training.schedule import Schedule, check_schedule, value_at
 
-__all__ = ["AUGMENTATIONS", "NO_AUGMENTATION", "AugmentConfig", "Strength", "adjust", "augment", "read_strength", "strength_at"]
+__all__ = ["AUGMENTATIONS", "NO_AUGMENTATION", "AugmentConfig", "Strength", "adjust", "augment", "read_strength", "steer",
+           "strength_at"]
 
 
 class Augmentation(NamedTuple):
@@ -93,6 +94,11 @@ def strength_at(config: AugmentConfig, state: Strength, images: int) -> float:
     if config.kind is None:
         return 0.0
     return state.p if isinstance(config.p, str) else value_at(config.p, images)
+
+
+def steer(config: AugmentConfig, state: Strength, sign: float, batch: int) -> Strength:
+    """The state after a step of ``batch`` images, ``sign`` the mean of D's sign on its real images, over all ranks."""
+    return adjust(state, sign, batch=batch, target=config.target, speed_images=config.speed_images, limit=config.limit)
 
 
 def augment(config: AugmentConfig, images: Tensor, draws: Tensor, p: float) -> Tensor:

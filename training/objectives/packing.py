@@ -17,14 +17,14 @@ def pack(images: Tensor, m: int) -> Tensor:
     return images.unflatten(0, (m, n // m)).transpose(0, 1).reshape(n // m, m * channels, *images.shape[2:])
 
 
-def check_packing(batch: int, world: int, m: int) -> None:
-    """Refuse a global batch that does not fall into whole packs on every rank.
+def check_packing(key: str, batch: int, parts: int, m: int) -> None:
+    """Refuse a global ``batch``, the recipe's ``key``, each of whose ``parts`` (ranks x micro-batches) is not of whole packs.
 
     Raises:
         UserError: with the nearest batch sizes that do.
     """
-    if batch % (m * world):
-        step = m * world
+    step = m * parts
+    if batch % step:
         near = " or ".join(str(size) for size in (batch - batch % step, batch - batch % step + step) if size)
-        raise UserError(f"training.batch = {batch} does not fall into packs of {m} (training.objective.pack) on {world} "
-                        f"worker{'s' if world > 1 else ''}; use {near}.")
+        raise UserError(f"{key} = {batch} does not fall into packs of {m} (training.objective.pack) in each of its {parts} "
+                        f"parts; use {near}.")
