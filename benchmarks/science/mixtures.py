@@ -72,10 +72,29 @@ class Row:
     pacgan_nets: bool = False  # batch normalisation in G, all weights N(0, 0.02^2)
 
 
-DEFAULT = Row("relativistic", {"r1": 0.1, "r2": 0.1}, lr=[(0.5, 1e-3), (1.0, 1e-4)], betas=(0.0, 0.99), ema_halflife=0.02)
+def geometric(start: float, end: float, until: float, knots: int = 8) -> Schedule:
+    """From ``start`` to ``end`` over the first ``until`` of training in equal ratios, then ``end``."""
+    return [(until * i / knots, start * (end / start) ** (i / knots)) for i in range(knots + 1)]
+
+
+# A penalty of weight gamma lets D resolve distances of about sqrt(gamma): first the whole plane, at last one mode.
+_ANNEALED = geometric(1.0, 1e-4, 0.6)
+
+
+def _ours(loss: str, *penalties: str, packed: int = 1) -> Row:
+    return Row(loss, dict.fromkeys(penalties, _ANNEALED), packed, lr=[(0.5, 1e-3), (1.0, 5e-5)], betas=(0.0, 0.99),
+               ema_halflife=0.02)
+
+
 ROWS = {
     "GAN": Row("non_saturating", pacgan_nets=True),
-    "default": DEFAULT,
+    "default": _ours("relativistic", "r1", "r2"),
+    "PacGAN2": Row("non_saturating", packed=2, pacgan_nets=True),
+    "minimax + R1": _ours("minimax", "r1"),
+    "non_saturating + R1": _ours("non_saturating", "r1"),
+    "least_squares + R1": _ours("least_squares", "r1"),
+    "hinge + 0-GP": _ours("hinge", "gp0"),
+    "WGAN-GP": Row("wasserstein", {"gp1": 0.1}, lr=[(0.5, 1e-3), (1.0, 5e-5)], betas=(0.0, 0.9), ema_halflife=0.02),
 }
 
 

@@ -16,7 +16,7 @@ from training.objectives.penalties import between, finite_difference_norms, squa
 
 def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
                augmentation: AugmentConfig = NO_AUGMENTATION) -> list[Phase]:
-    """Discriminator, then generator. The batch's ``weights`` hold those of the penalties, named as in `PENALTIES`, and "augment",
+    """Discriminator, then generator. The batch's ``weights`` hold the penalties', named as in `PENALTIES`, and "augment",
     the augmentation's probability; what has no weight is not computed.
 
     The penalties are on D as a function of what it sees, that is after augmentation and packing.
