@@ -37,7 +37,7 @@ class Generator(nn.Module):
     """z (copies, N, 2) -> points (copies, N, 2): four hidden layers of ``hidden`` units.
 
     ``batch_norm``: PacGAN's own: batch normalisation over each copy's N, no biases, N(0, 0.02^2) weights. Without it: He's
-    initialisation, biases and a leaky ReLU.
+    initialisation, a leaky ReLU, and biases that are drawn too, so that the kinks do not all meet in the origin.
     """
 
     def __init__(self, seeds: Sequence[int], *, hidden: int = 400, batch_norm: bool = False) -> None:
@@ -49,7 +49,9 @@ class Generator(nn.Module):
         for i, (inside, outside) in enumerate(itertools.pairwise(widths)):
             std = 0.02 if batch_norm else math.sqrt(2 / (1 + SLOPE**2) / inside)
             self.weights.append(_weights(seeds, f"generator {i}", inside, outside, std))
-            self.biases.append(nn.Parameter(torch.zeros(len(seeds), 1, outside), requires_grad=not batch_norm or outside == 2))
+            spread = 0.0 if batch_norm or outside == 2 else 0.5
+            self.biases.append(_weights(seeds, f"generator bias {i}", 1, outside, spread))
+            self.biases[-1].requires_grad_(not batch_norm or outside == 2)
             if batch_norm and outside == hidden:
                 self.shifts.append(nn.Parameter(torch.zeros(len(seeds), 1, outside)))
                 self.scales.append(nn.Parameter(torch.ones(len(seeds), 1, outside)))
@@ -67,7 +69,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """points (copies, N, inside) -> logits (copies, N): three maxout layers of ``hidden`` units of ``pieces`` (PacGAN's)."""
+    """points (copies, N, inside) -> logits (copies, N): three maxout layers of ``hidden`` units of ``pieces`` (PacGAN's).
+
+    ``std``: of the weights, with biases of 0 (PacGAN's 0.02); None: 1 / sqrt(inputs), and biases drawn as in `Generator`.
+    """
 
     def __init__(self, seeds: Sequence[int], *, inside: int = 2, hidden: int = 200, pieces: int = 5, std: float | None = 0.02,
                  ) -> None:
@@ -77,7 +82,7 @@ class Discriminator(nn.Module):
         for i, (width, units) in enumerate([(inside, hidden), (hidden, hidden), (hidden, hidden)]):
             self.weights.append(_weights(seeds, f"discriminator {i}", width, units * pieces,
                                          std or math.sqrt(1 / width)))
-            self.biases.append(nn.Parameter(torch.zeros(len(seeds), 1, units * pieces)))
+            self.biases.append(_weights(seeds, f"discriminator bias {i}", 1, units * pieces, 0.0 if std else 1.0))
         self.head = _weights(seeds, "discriminator head", hidden, 1, std or math.sqrt(1 / hidden))
 
     def forward(self, points: Tensor) -> Tensor:
