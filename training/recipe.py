@@ -15,12 +15,14 @@ from pydantic import Field, field_validator, model_validator
 
 from data_shards.errors import UserError
 from data_shards.stores.places import parse_place
+from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, operational
 from training.engines import EngineConfig
 from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
-from training.objectives import ObjectiveConfig
-from training.schedule import Schedule, check_schedule, value_at
+from training.objectives import OBJECTIVES, ObjectiveConfig
+from training.objectives.packing import check_packing
+from training.schedule import Schedule, check_schedule
 from training.wandb_log import WandbConfig
 
 HIGHER_SECTIONS = ("fanout", "cluster")
@@ -61,6 +63,7 @@ class TrainingConfig(Config):
     generator: GeneratorConfig = GeneratorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
     batch: int = Field(64, ge=1, description="images per step over all workers")
@@ -85,10 +88,10 @@ class TrainingConfig(Config):
             for name in networks:
                 if name not in names:
                     raise ValueError(f"engine.{key} names {name!r}, but the networks are {' and '.join(names)}")
-        penalised = any(value_at(weight, images) for weight in (self.objective.r1, self.objective.r2)
-                        for images in range(0, self.images, max(self.images // 100, 1)))
+        penalised = any(any(value for _, value in weight) if isinstance(weight, list) else weight
+                        for weight in self.objective.penalties().values())
         if "discriminator" in engine.compile and penalised:
-            raise ValueError("engine.compile cannot have the discriminator while objective.r1 or r2 are on, since a compiled "
+            raise ValueError("engine.compile cannot have the discriminator while it has gradient penalties, since a compiled "
                              "network has no double backward; compile the generator only")
         for name in engine.compile:
             if engine.stage(name) == 3:
@@ -120,6 +123,12 @@ class TrainingConfig(Config):
             raise ValueError(f"there is no such model; known: {', '.join(MODELS)}")
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self) -> TrainingConfig:
+        check_packing("training.batch", self.batch, self.engine.accumulation, self.objective.pack)
+        check_adaptive("training.augmentation", self.augmentation, self.objective)
+        return self
+
 
 class MetaConfig(Config):
     steps: int = Field(0, ge=0, description="outer steps of meta-training; 0 leaves it out")
@@ -143,6 +152,7 @@ class AdaptationConfig(Config):
     betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments")
     r1: Schedule = Field(1.0, description="weight of R1")
     r2: Schedule = Field(1.0, description="weight of R2")
+    augmentation: AugmentConfig = AugmentConfig()
     frozen_blocks: int = Field(2, ge=0, description="FreezeD: blocks of D, from the image side, that stay fixed")
     ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
 
@@ -173,7 +183,17 @@ class TrainingRecipe(Config):
         if self.adaptation.batch > self.adaptation.images:
             raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
                             f"{self.adaptation.batch}; raise it.")
+        check_packing("adaptation.batch", self.adaptation.batch, 1, self.training.objective.pack)
+        check_packing("meta.inner_batch", self.meta.inner_batch, 1, self.training.objective.pack)
+        check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         return self
+
+
+def check_adaptive(key: str, augmentation: AugmentConfig, objective: ObjectiveConfig) -> None:
+    """Refuse ADA's controller with a loss whose D does not say which images it takes for real."""
+    if augmentation.adaptive and OBJECTIVES[objective.loss].margin is None:
+        raise UserError(f"{key}.p = adaptive needs D's decision on real images, which {objective.loss} has none of; give p as "
+                        "a number or a schedule, or take another loss.")
 
 
 RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
