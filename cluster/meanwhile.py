@@ -7,6 +7,7 @@ The driver watches the folder of checkpoints, has one of them scored at a time, 
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,20 +79,23 @@ def _watch(recipe: Recipe, run: Path, stop: threading.Event, give_up: threading.
     log = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="evaluation", run_id=f"evaluation-{run.name}",
                    name="evaluation", settings=recipe.model_dump(mode="json"))
     events, task, images = run / "evaluation" / "events.jsonl", None, 0
+    kept = run / "evaluation" / "checkpoint"  # the one being scored: pretraining may prune its own copy at any time
     tried = max((event["images"] for event in read_events(events)), default=0)
     while not give_up.is_set():
         last = stop.wait(POLL_S)
         if task is not None and ray.wait([task], timeout=0)[0]:
             _record(task, images, events, log)
             task = None
+            shutil.rmtree(kept)
         due = _due(run / "pretrain", tried + recipe.evaluation.during_pretraining)
-        if task is None and due is not None:
+        if task is None and due is not None and _keep(due, kept):
             tried = images = int(due.name.removeprefix("step-"))
-            task = remote.remote(recipe.model_dump(mode="json"), str(due), against, str(run))
+            task = remote.remote(recipe.model_dump(mode="json"), str(kept), against, str(run))
         if last and task is None:
             break
     if task is not None:
         ray.cancel(task, force=True)
+    shutil.rmtree(kept, ignore_errors=True)
     log.finish()
 
 
@@ -100,6 +104,26 @@ def _due(folder: Path, images: int) -> Path | None:
     found = [path for path in folder.glob("step-*") if (path / "state.json").exists()]
     newest = max(found, default=None)
     return newest if newest and int(newest.name.removeprefix("step-")) >= images else None
+
+
+def _keep(checkpoint: Path, kept: Path) -> bool:
+    """Make ``kept`` a copy of the checkpoint, by hard links where the file system has them; False if it was pruned just now."""
+    shutil.rmtree(kept, ignore_errors=True)  # a killed driver's
+    try:
+        shutil.copytree(checkpoint, kept, copy_function=_link)
+    except (shutil.Error, FileNotFoundError):
+        return False
+    return True
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
 
 
 def _record(task: Any, images: int, events: Path, log: WandbRun) -> None:

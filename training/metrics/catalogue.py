@@ -240,6 +240,6 @@ SCORES: dict[str, Score] = {
     "path_length": Score(_path_length, lambda m: None if m.generate else "only a checkpoint has a map from latents"),
     "modes": Score(_modes, _no_modes),
     "ndb": Score(lambda m: ndb(m.fake.features, m.reference.features, seed=m.seed),
-                 lambda m: None if len(m.reference.features) >= 4 * PER_BIN else f"it needs {4 * PER_BIN} reference images"),
+                 lambda m: None if len(m.reference.features) >= 2 * PER_BIN else f"it needs {2 * PER_BIN} reference images"),
     "collapse": Score(lambda m: collapse_signs(m.fake.features, m.reference.features)),
 }
