@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_shards.errors import UserError
 from training.metrics.adversarial import adversarial_accuracy
+from training.metrics.birthday import birthday_support
 from training.metrics.classification import Labelled, classification_scores, small_classifier
 from training.metrics.collapse import collapse_signs
 from training.metrics.copying import auth_pct, copy_rate, is_copier
@@ -241,5 +242,6 @@ SCORES: dict[str, Score] = {
     "modes": Score(_modes, _no_modes),
     "ndb": Score(lambda m: ndb(m.fake.features, m.reference.features, seed=m.seed),
                  lambda m: None if len(m.reference.features) >= 2 * PER_BIN else f"it needs {2 * PER_BIN} reference images"),
+    "birthday": Score(lambda m: birthday_support(m.fake.features, m.reference.features)),
     "collapse": Score(lambda m: collapse_signs(m.fake.features, m.reference.features)),
 }
