@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def test_a_checkpoint_a_run_and_a_folder(root: Path, tmp_path: Path, capsys: pyt
     text, path = said(capsys, str(tmp_path / "made"), "--against", str(root / "near"), "--net", encoder, "--scores",
                       "copying,kid", "--out", str(tmp_path / "scores.json"))
     found = json.loads(path.read_text())
-    assert path == tmp_path / "scores.json" and found["of"]["kind"] == "folder" and found["of"]["path"] == str(tmp_path / "made")
+    assert path == tmp_path / "scores.json"
+    assert found["of"]["kind"] == "folder" and found["of"]["path"] == str(tmp_path / "made")
     assert found["scores"]["copy_rate"] == 1.0 and found["scores"]["disqualified"], "the set's own training images"
     assert found["contract"]["net_hash"] == newest["contract"]["net_hash"]
 
@@ -113,7 +115,7 @@ def test_checkpoints_are_scored_while_pretraining_goes_on(root: Path, tmp_path: 
     events = read_events(run / "evaluation" / "events.jsonl")
     images = [event["images"] for event in events]
     assert images[-1] == 512 and images == sorted(set(images))
-    assert all(later - earlier >= 128 for earlier, later in zip(images, images[1:], strict=False))
+    assert all(later - earlier >= 128 for earlier, later in pairwise(images))
     assert not any("error" in event["metrics"] for event in events)
     assert sorted(path.name for path in (run / "evaluation").iterdir()) == ["events.jsonl"]
     _, again = evaluate_against(checkpoint, "source", scores=["kid", "collapse"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from training.metrics.checks import as_pair
 
 MOST = 5000  # images of either set whose pairs are looked at
-HALF = math.sqrt(2 * math.log(2))  # 1.177: a batch of HALF * sqrt(S) of S equally likely images repeats one in half of all cases
+HALF = math.sqrt(2 * math.log(2))  # 1.177: HALF * sqrt(S) of S equally likely images repeat one in half of all cases
 
 
 def birthday_support(fake: Tensor, real: Tensor) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Nets from files: TorchScript and ONNX give the numbers of the module they were made of; pickles and lone programs are refused."""
+"""Nets from files: TorchScript and ONNX give the numbers of their module; pickles under such a name are refused."""
 
 import json
 from pathlib import Path
