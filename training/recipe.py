@@ -160,10 +160,15 @@ class AdaptationConfig(Config):
 
 
 class EvaluationConfig(Config):
-    net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception")
+    net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception, "
+                                            "efficientnet-lite0, or the path of a .safetensors, .pt or .onnx net")
     samples: int = Field(500, ge=8, description="generated images per score")
     encoder_images: int = Field(120_000, ge=1, description="images seen by the in-domain encoder's training")
     encoder_threads: int = operational(2, "CPU threads of the in-domain encoder's training; sums differ in the last bits", ge=1)
+    during_pretraining: int = operational(0, "images between two scorings of a checkpoint while pretraining goes on; 0 does "
+                                             "none", ge=0)
+    during_scores: tuple[str, ...] = operational(("kid", "prdc", "collapse"), "the scores taken then; docs/SCORES.md has them")
+    against: str | None = operational(None, "set that the checkpoints are scored against; the source when null")
 
 
 class TrainingRecipe(Config):
