@@ -17,7 +17,7 @@ from training.config import Config, operational
 
 BASELINE = 50  # earlier reports that a gradient's norm is compared with
 ENOUGH = 5  # of them, at least
-SIGNIFICANT = 3.0  # standard errors that D's gap between training and held-out images must exceed
+SIGNIFICANT = 4.0  # standard errors that D's gap between training and held-out images must exceed
 
 Event = Mapping[str, Any]
 """A line of the metrics log: "images" seen and "metrics"."""

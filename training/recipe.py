@@ -38,8 +38,8 @@ class DataConfig(Config):
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
                                "then classes that are not named not at all")
-    held_back: int = Field(256, ge=0, description="images of a source without a reference split that pretraining leaves out, at "
-                                                  "most 1 in 20 of it, to watch the discriminator's overfitting on")
+    held_back: int = Field(256, ge=0, description="images of a source without a reference split that pretraining leaves out, "
+                                                  "at most 1 in 20 of it, to watch the discriminator's overfitting on")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)

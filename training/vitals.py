@@ -1,4 +1,4 @@
-"""What `training.health` judges by: how far generated images lie apart, and whether the discriminator knows its training images.
+"""What `training.health` judges by: how far generated images lie apart, and whether D knows its training images.
 
 A look is a pure function of the networks: it draws from fixed seeds and leaves weights, buffers and random state untouched.
 """
@@ -45,11 +45,11 @@ class Looked:
 def what_to_look_at(source: ShardSet, train_ids: np.ndarray, held_ids: np.ndarray, *, images: int, seed: int,
                     latent_dim: int, loss: str) -> Looked:
     """The same ``images`` images of each kind on every rank, drawn without regard to the recipe's seed."""
-    chosen = []
-    for purpose, ids in (("health training", train_ids), ("health held out", held_ids)):
+    def some(purpose: str, ids: np.ndarray) -> Tensor:
         order = torch.randperm(len(ids), generator=draw(0, purpose, 0))[:images]
-        chosen.append(load_images(source, np.sort(ids[order.numpy()]))[0])
-    return Looked(*chosen, seed=seed, latent_dim=latent_dim, absolute_logits=loss in ABSOLUTE_LOGITS)
+        return load_images(source, np.sort(ids[order.numpy()]))[0]
+
+    return Looked(some("health training", train_ids), some("health held out", held_ids), seed=seed, latent_dim=latent_dim, absolute_logits=loss in ABSOLUTE_LOGITS)
 
 
 def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch: int,

@@ -70,11 +70,22 @@ class WandbRun:
         """A table, one sequence per row; secrets in its text are redacted."""
         self._row(lambda wandb: {key: wandb.Table(columns=list(columns), data=[redact(list(row)) for row in rows])})
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run, waiting at most FINISH_TIMEOUT_S for uploads; what is left goes with `wandb sync`."""
-        run, self._run = self._run, None
+    def alert(self, title: str, text: str) -> None:
+        """A message to the run's owner, sent when the server is next reached."""
+        run = self._run
         if run is not None:
-            _guarded("finish", lambda: run.finish(exit_code=exit_code))
+            _guarded("alert", lambda: run.alert(title=title, text=redact(text), level="WARN"))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, waiting at most FINISH_TIMEOUT_S for uploads; what is left goes with `wandb sync`, which is said."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        folder = Path(run.dir).parent
+        done = _guarded("finish", lambda: (run.finish(exit_code=exit_code), True), quiet=not run.offline)
+        if not run.offline and (done is None or _lost(folder)):
+            _log.warning("W&B did not take all of this run, which is whole on disk; send it later with `wandb sync %s`.",
+                         folder)
 
     def _row(self, make: Callable[[Any], dict[str, Any]]) -> None:
         run = self._run
@@ -158,6 +169,7 @@ def open_run(
                 console="off",
                 init_timeout=INIT_TIMEOUT_S,
                 finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
                 disable_git=True,
                 disable_code=True,
                 save_code=False,
@@ -171,7 +183,8 @@ def open_run(
 
     run = None
     if mode == "online":
-        run = _guarded("connect, so this process logs offline", lambda: start("online"))
+        run = _guarded(f"connect, so this process logs offline; send it later with `wandb sync {root / 'wandb'}/offline-run-*`",
+                       lambda: start("online"))
         _online_failed = run is None
         if _online_failed:
             _guarded("shut down", wandb.teardown, quiet=True)  # its service process still holds the run's id
@@ -182,6 +195,12 @@ def open_run(
         return WandbRun()
     _guarded("define its axis", lambda: (run.define_metric("images"), run.define_metric("*", step_metric="images")))
     return WandbRun(run, first_step=max(first_step, run.step))
+
+
+def _lost(folder: Path) -> bool:
+    """Whether W&B's service gave up on sending the run in ``folder``: it says so only in its own log."""
+    log = folder / "logs" / "debug-internal.log"
+    return log.is_file() and "filestream: fatal error" in log.read_text(errors="replace")
 
 
 def choose_mode(mode: str) -> str:
