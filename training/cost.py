@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import resource
 import threading
 import time
@@ -35,12 +36,13 @@ COLLECTIVES = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_in
 SHARES = ("data", "communication", "checkpoint", "health")
 
 Item = TypeVar("Item")
+logger = logging.getLogger("graft")
 
 
 def step_flops(phases: Sequence[Phase], networks: Mapping[str, nn.Module], batch: Batch,
                every: Mapping[str, int] | None = None) -> float:
-    """Floating-point operations of one step over ``batch`` (`blank_batch`), a multiplication and an addition being two; of a network that is
-    stepped every k-th time, a k-th.
+    """Floating-point operations of one step over ``batch`` (a `blank_batch`), a multiplication and an addition being two; of a
+    network that is stepped every k-th time, a k-th.
 
     Counted by running the step's phases on the meta device, where nothing is computed: matrix products, convolutions and
     attention, forward, backward, and backward through the penalties' gradients. Not counted is what works element by
@@ -56,6 +58,16 @@ def step_flops(phases: Sequence[Phase], networks: Mapping[str, nn.Module], batch
                 phase.loss(meta, batch)["total"].backward()
             flops += counter.flops / (every or {}).get(phase.network, 1)
     return flops
+
+
+def known_flops(phases: Sequence[Phase], networks: Mapping[str, nn.Module], batch: Batch, every: Mapping[str, int]) -> float:
+    """`step_flops`, or 0 and a warning where a network does something that has no meaning on the meta device."""
+    try:
+        return step_flops(phases, networks, batch, every)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("the floating-point operations of a step cannot be counted (%s), so cost/tflops is 0", reason)
+        return 0.0
 
 
 class _Counter(TorchDispatchMode):

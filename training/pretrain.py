@@ -16,7 +16,7 @@ from data_shards.parts import chosen_ids
 from training.augment import read_strength
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
-from training.cost import Budget, Clock, blank_batch, cost_metrics, peak_flops, step_flops, timed_collectives
+from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
 from training.draws import latents
 from training.ema import make_average, whole_average
 from training.engines import make_engine, whole_weights
@@ -128,7 +128,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     plan, phases = make_plan(recipe), _phases(config)
     blank = blank_batch(phases, source.manifest.image_shape, plan.latent_dim,
                         {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch)
-    budget = Budget(step_flops(phases, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
+    budget = Budget(known_flops(phases, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
                                  precision=config.precision, state=tensors.get(f"{name}_optimizer"))

@@ -49,7 +49,8 @@ def what_to_look_at(source: ShardSet, train_ids: np.ndarray, held_ids: np.ndarra
         order = torch.randperm(len(ids), generator=draw(0, purpose, 0))[:images]
         return load_images(source, np.sort(ids[order.numpy()]))[0]
 
-    return Looked(some("health training", train_ids), some("health held out", held_ids), seed=seed, latent_dim=latent_dim, absolute_logits=loss in ABSOLUTE_LOGITS)
+    return Looked(some("health training", train_ids), some("health held out", held_ids), seed=seed, latent_dim=latent_dim,
+                  absolute_logits=loss in ABSOLUTE_LOGITS)
 
 
 def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch: int,

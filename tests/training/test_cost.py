@@ -34,7 +34,7 @@ from training.world import World
 N = 6
 
 
-def one_phase(network: nn.Module, images: tuple[int, int, int], *, gradient: bool = False) -> int:
+def one_phase(network: nn.Module, images: tuple[int, int, int], *, gradient: bool = False) -> float:
     def loss(networks: dict[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
         inputs = batch.images.requires_grad_(gradient)
         return {"total": networks["net"](inputs).square().mean()}
@@ -83,6 +83,12 @@ def test_a_gans_step_grows_with_its_penalties_and_leaves_its_networks_alone() ->
     # and the images' gradient (D is frozen).
     assert found[0] == (g + 2 * d + 2 * d) + (g + g + d + d + d)
     assert found[1] > found[0]
+    blank = blank_batch(phases, (1, 8, 8), 4, {"r1": 0.0, "r2": 0.0}, N)
+    assert step_flops(phases, networks, blank, {"generator": 2}) == (g + 4 * d) + (2 * g + 3 * d) / 2
+    for exact in (True, False):  # finite differences as under ZeRO 3
+        penalised = gan_phases("relativistic", exact=exact)
+        blank = blank_batch(penalised, (1, 8, 8), 4, {"r1": 1.0, "r2": 1.0}, N)
+        assert step_flops(penalised, networks, blank) > found[0]
     assert all(p.grad is None and p.device.type == "cpu" and p.requires_grad for n in networks.values() for p in n.parameters())
 
 
@@ -103,7 +109,7 @@ def test_shares_are_disjoint_and_at_most_one() -> None:
 
 def communicate(world: World, kind: str, zero: int) -> dict[str, float]:
     network = nn.Linear(300, 300)
-    engine = make_engine(network, OptimizerConfig(lr=1e-3), EngineConfig(kind=kind, zero=zero), world, batch=2)
+    engine = make_engine("net", network, OptimizerConfig(lr=1e-3), EngineConfig(kind=kind, zero=zero), world, batch=2)
     original, clock = dist.all_reduce, Clock()
     with timed_collectives(clock):
         for _ in range(3):

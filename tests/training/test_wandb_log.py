@@ -268,7 +268,7 @@ def test_a_server_that_misbehaves_neither_stalls_nor_ends_the_run_and_nothing_is
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     started, logged, finished = (float(word) for word in done.stdout.split()[1:])
-    assert started < 30 and logged < 10 and finished < 10, "with timeouts of 3 s, and a busy machine"
+    assert started < 30 and logged < 10 and finished < 40, "timeouts of 3 s and two requests of 5 s, on a busy machine"
     pattern = "run-*-a1b2c3" if at_start == "well" else "offline-run-*-a1b2c3"
     (kept,) = (tmp_path / "wandb").glob(pattern)
     assert [entry["item"]["loss"] for entry in items(kept, "history")] == [float(row) for row in range(30)]
