@@ -189,7 +189,7 @@ def health_charts(lines: Sequence[Row]) -> list[Any]:
     """What the rules of health read, with the stretches in which one raised the alarm shaded."""
     groups = [("distances, generated / real", {"health/distance_ratio": "all pairs", "health/nearest_ratio": "to the nearest"},
                ["collapse"]),
-              ("r_v, overfitting of D", {"health/overfitting": "r_v"}, ["overfitting"]),
+              ("r_v, overfitting of D", {"health/r_v": "r_v"}, ["overfitting"]),
               ("gradient norm", {"generator/grad_norm": "generator", "discriminator/grad_norm": "discriminator"},
                ["generator_explosion", "discriminator_explosion"])]
     return [chart for title, names, rules in groups

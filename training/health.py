@@ -98,7 +98,7 @@ def collapse(events: Sequence[Event], config: HealthConfig) -> Readings:
 
 def overfitting(events: Sequence[Event], config: HealthConfig) -> Readings:
     """D treats held-out real images more like generated ones than like its training images (Karras et al. 2020, eq. 1)."""
-    images, values = _values(events, "health/overfitting", "health/overfitting_z")
+    images, values = _values(events, "health/r_v", "health/r_v_z")
     said = (f"the discriminator tells training images from held-out real ones, its r_v is {values[-1][0]:.2f} and "
             f"{config.max_overfitting:g} is the most") if values else ""
     return Readings(images, [r_v > config.max_overfitting and z > SIGNIFICANT for r_v, z in values], said)

@@ -78,7 +78,7 @@ def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch:
                 for images, count in ((real, looked.count), (held, len(looked.held_out)), (fakes, looked.count)))
             readings |= overfitting_readings(on_real, on_held, on_fake)
             if looked.absolute_logits:
-                readings["health/real_sign"] = on_real.sign  # ADA's r_t
+                readings["health/r_t"] = on_real.sign
     return readings
 
 
@@ -112,7 +112,7 @@ def overfitting_readings(train: Moments, held_out: Moments, generated: Moments) 
     gap, whole = train.mean - held_out.mean, train.mean - generated.mean
     told = whole > SIGNIFICANT * math.sqrt(train.variance + generated.variance)
     error = math.sqrt(train.variance + held_out.variance)
-    return {"health/overfitting": gap / whole if told else 0.0, "health/overfitting_z": gap / error if error > 0 else 0.0}
+    return {"health/r_v": gap / whole if told else 0.0, "health/r_v_z": gap / error if error > 0 else 0.0}
 
 
 def _moments(logits: Tensor, world: World) -> Moments:

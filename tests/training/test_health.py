@@ -133,10 +133,10 @@ def test_distances_against_scipy() -> None:
 
 def test_r_v_by_hand_and_free_of_a_constant_in_the_logits() -> None:
     plain = overfitting_readings(M(3.0, 0.01, 1), M(1.5, 0.03, 1), M(1.0, 0.01, 1))
-    assert plain == {"health/overfitting": pytest.approx(0.75), "health/overfitting_z": pytest.approx(1.5 / 0.2)}
+    assert plain == {"health/r_v": pytest.approx(0.75), "health/r_v_z": pytest.approx(1.5 / 0.2)}
     moved = overfitting_readings(M(103.0, 0.01, 1), M(101.5, 0.03, 1), M(101.0, 0.01, 1))
     assert moved == pytest.approx(plain)
-    assert overfitting_readings(M(1.0, 0.1, 1), M(0.0, 0.1, 1), M(1.1, 0.1, 1))["health/overfitting"] == 0.0, "undefined"
+    assert overfitting_readings(M(1.0, 0.1, 1), M(0.0, 0.1, 1), M(1.1, 0.1, 1))["health/r_v"] == 0.0, "undefined"
 
 
 def trained(network: nn.Module, real: Tensor, fake: Tensor, steps: int, weight_decay: float) -> nn.Module:
@@ -166,7 +166,7 @@ def test_a_discriminator_that_tells_real_from_noise_without_memory_raises_no_ala
         network = nn.Sequential(nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 1), nn.Flatten(0))
         trained(network, rest[:300], blurred[:300], steps=60, weight_decay=0.1)
         networks = {"generator": Player(blurred), "discriminator": network}
-        assert look(looked, networks, World(), 16)["health/overfitting"] < CONFIG.max_overfitting
+        assert look(looked, networks, World(), 16)["health/r_v"] < CONFIG.max_overfitting
         assert watched(looked, networks) == {}
 
 
@@ -208,6 +208,7 @@ def test_news_are_told_once_and_the_flags_tell_the_page_the_same_story() -> None
         told += [(event["images"], sentence) for sentence in sentences]
         log.append({"images": event["images"], "metrics": event["metrics"] | flags})
         assert set(flags) == {f"health/{name}" for name in RULES}
+        assert not set(flags) & set(event["metrics"]), "a flag must not take a reading's name"
     assert [images for images, _ in told] == [400, 600]
     assert told[0][1].startswith("health: collapse since 200 images") and told[1][1] == "health: collapse is over"
     assert story(log, CONFIG) == told
@@ -247,7 +248,8 @@ def test_looking_changes_no_weight(tmp_path: Path) -> None:
     on, off = (stems(runs[every]) for every in (16, 0))
     assert all(torch.equal(on[stem][name], off[stem][name]) for stem in off for name in off[stem])
     logged = [event["metrics"] for event in read_events(tmp_path / "16" / "pretrain" / "events.jsonl")]
-    assert all({"health/distance_ratio", "health/overfitting", "health/collapse"} <= set(metrics) for metrics in logged)
+    readings = {"health/distance_ratio", "health/nearest_ratio", "health/r_v", "health/r_v_z"}
+    assert all(readings | {f"health/{name}" for name in RULES} <= set(metrics) for metrics in logged)
 
 
 class Noisy(nn.Module):
