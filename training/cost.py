@@ -9,7 +9,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -52,7 +52,8 @@ def step_flops(phases: Sequence[Phase], networks: Mapping[str, nn.Module], batch
     meta = {name: copy.deepcopy(network).to("meta") for name, network in networks.items()}
     engines: Any = {name: SimpleNamespace(module=network) for name, network in meta.items()}
     flops = 0.0
-    with torch.random.fork_rng(devices=[]):
+    no_autocast = _replaced(torch, autocast=lambda *_arguments, **_named: nullcontext())  # the meta device has none
+    with torch.random.fork_rng(devices=[]), no_autocast:
         for phase in phases:
             with only(phase.network, engines), _Counter() as counter:
                 phase.loss(meta, batch)["total"].backward()
@@ -98,7 +99,9 @@ def blank_batch(phases: Sequence[Phase], image_shape: tuple[int, int, int], late
     """A batch of ``count`` blank images with the latents of every phase, on the meta device."""
     return Batch(images=torch.empty(count, *image_shape, device="meta"), weights=weights,
                  labels=torch.empty(count, dtype=torch.int64, device="meta"),
-                 latents={phase.network: torch.empty(count, latent_dim, device="meta") for phase in phases})
+                 latents={phase.network: torch.empty(count, latent_dim, device="meta") for phase in phases},
+                 uniforms={f"{phase.network} {purpose}": torch.zeros(count, draws, dtype=torch.float64, device="meta")
+                           for phase in phases for purpose, draws in phase.uniforms.items() if draws})
 
 
 @dataclass
@@ -146,7 +149,6 @@ def timed_collectives(clock: Clock) -> Iterator[None]:
     if not dist.is_initialized() or device().type == "cuda":
         yield
         return
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
 
     def timed(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -157,13 +159,21 @@ def timed_collectives(clock: Clock) -> Iterator[None]:
 
         return call
 
-    for name, original in originals.items():
-        setattr(dist, name, timed(original))
+    with _replaced(dist, **{name: timed(getattr(dist, name)) for name in COLLECTIVES}):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, **others: Any) -> Iterator[None]:
+    """While inside, these names of the module stand for something else."""
+    originals = {name: getattr(module, name) for name in others}
+    for name, other in others.items():
+        setattr(module, name, other)
     try:
         yield
     finally:
         for name, original in originals.items():
-            setattr(dist, name, original)
+            setattr(module, name, original)
 
 
 class _TimedWork:

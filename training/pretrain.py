@@ -13,7 +13,7 @@ from data_shards import ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
 from data_shards.parts import chosen_ids
-from training.augment import read_strength
+from training.augment import NO_AUGMENTATION, read_strength
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
@@ -126,9 +126,10 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
     plan, phases = make_plan(recipe), _phases(config)
-    blank = blank_batch(phases, source.manifest.image_shape, plan.latent_dim,
+    counted = _phases(config.model_copy(update={"augmentation": NO_AUGMENTATION}))  # it works element by element, mostly
+    blank = blank_batch(counted, source.manifest.image_shape, plan.latent_dim,
                         {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch)
-    budget = Budget(known_flops(phases, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
+    budget = Budget(known_flops(counted, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
                                  precision=config.precision, state=tensors.get(f"{name}_optimizer"))
@@ -146,7 +147,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     watch = make_watch(config.health, from_lead(read_events(events) if lead else [], world))
     state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
     looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
-                             latent_dim=plan.latent_dim, loss=config.objective.loss) if config.health.every_images else None
+                             latent_dim=plan.latent_dim, packed=config.objective.pack) if config.health.every_images else None
     wandb_run = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="pretrain", run_id=f"pretrain-{identity}",
                          name="pretrain", settings=recipe.model_dump(mode="json")) if lead else None
 

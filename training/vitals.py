@@ -6,7 +6,7 @@ A look is a pure function of the networks: it draws from fixed seeds and leaves 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,10 +20,10 @@ from training.draws import generator as draw
 from training.draws import latents
 from training.health import SIGNIFICANT
 from training.loop import autocast, to_signed
+from training.objectives.packing import pack
 from training.world import World, device
 
 FEATURE_SIZE = 8  # images are compared after average pooling to so many pixels a side
-ABSOLUTE_LOGITS = ("minimax", "non_saturating", "hinge")  # losses under which the sign of one logit means something
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Looked:
     held_out: Tensor
     seed: int
     latent_dim: int
-    absolute_logits: bool
+    packed: int = 1  # images that D judges together
 
     @property
     def count(self) -> int:
@@ -43,14 +43,14 @@ class Looked:
 
 
 def what_to_look_at(source: ShardSet, train_ids: np.ndarray, held_ids: np.ndarray, *, images: int, seed: int,
-                    latent_dim: int, loss: str) -> Looked:
+                    latent_dim: int, packed: int = 1) -> Looked:
     """The same ``images`` images of each kind on every rank, drawn without regard to the recipe's seed."""
     def some(purpose: str, ids: np.ndarray) -> Tensor:
         order = torch.randperm(len(ids), generator=draw(0, purpose, 0))[:images]
         return load_images(source, np.sort(ids[order.numpy()]))[0]
 
     return Looked(some("health training", train_ids), some("health held out", held_ids), seed=seed, latent_dim=latent_dim,
-                  absolute_logits=loss in ABSOLUTE_LOGITS)
+                  packed=packed)
 
 
 def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch: int,
@@ -65,20 +65,18 @@ def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch:
     real, held = (to_signed(world.slice(images)) for images in (looked.training, looked.held_out))
     readings = {}
     with undisturbed(networks), autocast(precision):
-        def through(network: str, inputs: Tensor, count: int) -> Tensor:
-            return _forward(networks[network], inputs, batch, -(-count // world.size))
+        def through(network: Callable[[Tensor], Tensor], inputs: Tensor, count: int) -> Tensor:
+            return _forward(network, inputs, batch, -(-count // world.size))
 
-        fakes = through("generator", z, looked.count)
+        fakes = through(networks["generator"], z, looked.count)
         made, natural = (distances(_from_all_ranks(features(images), looked.count, world)) for images in (fakes, real))
         for name, generated, reference in zip(("distance_ratio", "nearest_ratio"), made, natural, strict=True):
             readings[f"health/{name}"] = generated / reference if reference > 0 else 1.0
         if "discriminator" in networks and len(looked.held_out) >= world.size:
             on_real, on_held, on_fake = (
-                _moments(through("discriminator", images, count), world)
+                _moments(through(lambda part: networks["discriminator"](pack(part, looked.packed)), images, count), world)
                 for images, count in ((real, looked.count), (held, len(looked.held_out)), (fakes, looked.count)))
             readings |= overfitting_readings(on_real, on_held, on_fake)
-            if looked.absolute_logits:
-                readings["health/r_t"] = on_real.sign
     return readings
 
 
@@ -103,7 +101,6 @@ class Moments:
 
     mean: float
     variance: float  # of the mean
-    sign: float  # mean sign of the logits
 
 
 def overfitting_readings(train: Moments, held_out: Moments, generated: Moments) -> dict[str, float]:
@@ -117,18 +114,17 @@ def overfitting_readings(train: Moments, held_out: Moments, generated: Moments) 
 
 def _moments(logits: Tensor, world: World) -> Moments:
     values = logits.double()
-    total = torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum(), values.sign().sum()])
+    total = torch.stack([values.new_tensor(values.numel()), values.sum(), values.square().sum()])
     if world.size > 1:
         dist.all_reduce(total)
-    count, first, second, signs = total.tolist()
+    count, first, second = total.tolist()
     mean = first / count
-    return Moments(mean, max(0.0, second / count - mean**2) / max(1.0, count - 1), signs / count)
+    return Moments(mean, max(0.0, second / count - mean**2) / max(1.0, count - 1))
 
 
-def _forward(network: nn.Module, inputs: Tensor, batch: int, most: int) -> Tensor:
+def _forward(network: Callable[[Tensor], Tensor], inputs: Tensor, batch: int, most: int) -> Tensor:
     """The network's outputs as float32 in whole batches: under ZeRO 3 a forward is a collective, so every rank does as many
     as one with ``most`` inputs; inputs are repeated to fill up."""
-    batch = min(batch, most)
     filled = torch.arange(-(-most // batch) * batch, device=inputs.device) % len(inputs)
     outputs = torch.cat([network(inputs[part]).float() for part in filled.split(batch)])
     return outputs[:len(outputs) * len(inputs) // len(filled)]  # a D that packs gives fewer logits than images

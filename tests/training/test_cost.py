@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_set
+from training.augment import AugmentConfig
 from training.cost import (
     PEAK_TFLOPS,
     SHARES,
@@ -85,9 +86,10 @@ def test_a_gans_step_grows_with_its_penalties_and_leaves_its_networks_alone() ->
     assert found[1] > found[0]
     blank = blank_batch(phases, (1, 8, 8), 4, {"r1": 0.0, "r2": 0.0}, N)
     assert step_flops(phases, networks, blank, {"generator": 2}) == (g + 4 * d) + (2 * g + 3 * d) / 2
+    augmentation = AugmentConfig(kind="diffaugment")
     for exact in (True, False):  # finite differences as under ZeRO 3
-        penalised = gan_phases("relativistic", exact=exact)
-        blank = blank_batch(penalised, (1, 8, 8), 4, {"r1": 1.0, "r2": 1.0}, N)
+        penalised = gan_phases("relativistic", exact=exact, augmentation=augmentation)
+        blank = blank_batch(penalised, (1, 8, 8), 4, {"r1": 1.0, "r2": 1.0, "augment": 1.0}, N)
         assert step_flops(penalised, networks, blank) > found[0]
     assert all(p.grad is None and p.device.type == "cpu" and p.requires_grad for n in networks.values() for p in n.parameters())
 

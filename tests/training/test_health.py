@@ -82,7 +82,7 @@ def looked_at(pool: Tensor, seed: int) -> tuple[Looked, Tensor]:
     """Training and held-out images drawn by ``seed``, and the rest of the pool."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     train, held, rest = order.split([LOOK, LOOK, len(pool) - 2 * LOOK])
-    return Looked(pool[train], pool[held], seed, 4, absolute_logits=True), signed(pool[rest])
+    return Looked(pool[train], pool[held], seed, 4), signed(pool[rest])
 
 
 def watched(looked: Looked, networks: dict[str, nn.Module], looks: int = 3) -> dict[str, Alarm]:
@@ -132,11 +132,11 @@ def test_distances_against_scipy() -> None:
 
 
 def test_r_v_by_hand_and_free_of_a_constant_in_the_logits() -> None:
-    plain = overfitting_readings(M(3.0, 0.01, 1), M(1.5, 0.03, 1), M(1.0, 0.01, 1))
+    plain = overfitting_readings(M(3.0, 0.01), M(1.5, 0.03), M(1.0, 0.01))
     assert plain == {"health/r_v": pytest.approx(0.75), "health/r_v_z": pytest.approx(1.5 / 0.2)}
-    moved = overfitting_readings(M(103.0, 0.01, 1), M(101.5, 0.03, 1), M(101.0, 0.01, 1))
+    moved = overfitting_readings(M(103.0, 0.01), M(101.5, 0.03), M(101.0, 0.01))
     assert moved == pytest.approx(plain)
-    assert overfitting_readings(M(1.0, 0.1, 1), M(0.0, 0.1, 1), M(1.1, 0.1, 1))["health/r_v"] == 0.0, "undefined"
+    assert overfitting_readings(M(1.0, 0.1), M(0.0, 0.1), M(1.1, 0.1))["health/r_v"] == 0.0, "undefined"
 
 
 def trained(network: nn.Module, real: Tensor, fake: Tensor, steps: int, weight_decay: float) -> nn.Module:
@@ -177,7 +177,7 @@ def test_chance_gaps_of_equal_logits_raise_no_alarm_in_1000_runs() -> None:
         train, held = rng.normal(1, 1, 256), rng.normal(1, 1, 256)  # the same images at each look: the chance persists
         for number in range(6):
             fake = rng.normal(0.6, 1, 256)
-            kinds = [M(x.mean(), x.var() / 256, 0) for x in (train, held, fake)]
+            kinds = [M(x.mean(), x.var() / 256) for x in (train, held, fake)]
             log.append({"images": 100 * number, "metrics": overfitting_readings(*kinds)})
         assert alarms(log, CONFIG) == {}
 
@@ -277,7 +277,7 @@ def test_a_look_leaves_buffers_modes_and_random_state_and_is_the_same_again(pool
 def looked_by_ranks(world: World, folder: str) -> dict[str, float]:
     recipe, source = toy_recipe(Path(folder)), open_set(Path(folder) / "source")
     networks = make_networks(recipe.training, source.manifest.image_shape, recipe.seed)
-    looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=25, seed=0, latent_dim=4, loss="hinge")
+    looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=25, seed=0, latent_dim=4)
     return look(looked, networks, world, batch=4)
 
 

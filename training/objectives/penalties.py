@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from training.world import device
-
 STEP = 1e-2  # of the finite difference, in images of [-1, 1]: exact for piecewise linear networks, O(STEP^2) for smooth ones
 
 Point = Literal["real", "fake", "between"]
@@ -77,7 +75,7 @@ def finite_difference_norms(discriminator: nn.Module, images: Tensor) -> tuple[T
     Returns:
         Logits and squared norms, both (N,).
     """
-    with torch.autocast(device().type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False):
         weights = [p for p in discriminator.parameters() if p.requires_grad]
         inputs = images.detach().float().requires_grad_(True)
         for weight in weights:
