@@ -18,6 +18,7 @@ from data_shards.stores.places import parse_place
 from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, operational
 from training.engines import EngineConfig
+from training.health import HealthConfig
 from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import OBJECTIVES, ObjectiveConfig
@@ -37,6 +38,8 @@ class DataConfig(Config):
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
                                "then classes that are not named not at all")
+    held_back: int = Field(256, ge=0, description="images of a source without a reference split that pretraining leaves out, "
+                                                  "at most 1 in 20 of it, to watch the discriminator's overfitting on")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
@@ -77,6 +80,7 @@ class TrainingConfig(Config):
     report_every_images: int = operational(4096, "images between two lines of the metrics log", ge=1)
     snapshot_every_images: int = operational(32768, "images between two checkpoints", ge=1)
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
+    health: HealthConfig = HealthConfig()
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
 
