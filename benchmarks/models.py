@@ -54,7 +54,8 @@ def step(networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optim
 def images_per_second(case: str, *, batch: int, seconds: float, channels: int) -> float:
     networks = networks_of(case, channels)
     optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.0, 0.99), fused=True) for name, network in networks.items()}
+        name: torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.0, 0.99), fused=True)
+        for name, network in networks.items()}
     real = torch.rand(batch, *SHAPE) * 2 - 1
     for _ in range(3):
         step(networks, optimizers, real)

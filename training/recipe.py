@@ -141,8 +141,8 @@ class TrainingRecipe(Config):
         for key, batch in (("training.batch", self.training.batch), ("adaptation.batch", self.adaptation.batch),
                            ("meta.inner_batch", self.meta.inner_batch)):
             if group and batch % group:
-                raise UserError(f"{key} = {batch} does not divide into groups of training.discriminator.minibatch_std = {group}; "
-                                "choose a batch that does, on every worker.")
+                raise UserError(f"{key} = {batch} does not divide into groups of training.discriminator.minibatch_std = "
+                                f"{group}; choose a batch that does, on every worker.")
         if self.adaptation.batch > self.adaptation.images:
             raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
                             f"{self.adaptation.batch}; raise it.")

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 
 from training.draws import generator as draw
 from training.models import noise
@@ -62,21 +62,21 @@ class ModulatedConv(nn.Module):
     are written as scales of input and output, so that one dense convolution serves the whole batch.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, style_dim: int, *, demodulate: bool = True) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, style_dim: int, *, demodulate: bool = True,
+                 gain: float = 1.0) -> None:
         super().__init__()
-        self.demodulate = demodulate
+        self.demodulate, self.padding = demodulate, kernel // 2
         self.affine = nn.Linear(style_dim, inputs)
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel) * gain / math.sqrt(inputs * kernel**2))
         he_normal(self.affine, gain=1.0)
         nn.init.ones_(self.affine.bias)
-        he_normal(self.conv, gain=1.0)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         scale = self.affine(style)
-        y = self.conv(x * scale[:, :, None, None])
+        y = conv2d(x * scale[:, :, None, None], self.weight, padding=self.padding)
         if not self.demodulate:
             return y
-        norm = linear(scale.square(), self.conv.weight.square().sum((2, 3)))
+        norm = linear(scale.square(), self.weight.square().sum((2, 3)))
         return y * (norm.to(torch.promote_types(norm.dtype, torch.float32)) + 1e-8).rsqrt()[:, :, None, None].to(y.dtype)
 
 
@@ -108,8 +108,7 @@ class StyleBlock(nn.Module):
         self.size = size
         before = [inputs] if first else [inputs, channels]
         self.layers = nn.ModuleList(StyledLayer(inside, channels, config) for inside in before)
-        self.to_image = ModulatedConv(channels, image_channels, 1, config.dim, demodulate=False)
-        he_normal(self.to_image.conv, gain)
+        self.to_image = ModulatedConv(channels, image_channels, 1, config.dim, demodulate=False, gain=gain)
         self.image_bias = nn.Parameter(torch.zeros(image_channels))
 
     def forward(self, x: Tensor, image: Tensor | None, style: Tensor, z: Tensor | None, stream: int) -> tuple[Tensor, Tensor]:
