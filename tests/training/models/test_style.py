@@ -96,7 +96,7 @@ def test_noise_is_a_function_of_the_latent() -> None:
     assert (quiet - noisy).abs().amax((1, 2, 3)).min() > 1e-3
     other = g.synthesis(styles, latents(6, seed=11)) - quiet
     correlation = torch.corrcoef(torch.stack([(noisy - quiet).flatten(), other.flatten()]))[0, 1]
-    assert abs(float(correlation)) < 0.2
+    assert abs(correlation.item()) < 0.2
 
 
 def test_half_a_batch_is_half_of_the_batch_with_noise_and_mixing() -> None:
