@@ -140,7 +140,7 @@ class TrainingRecipe(Config):
         group = self.training.discriminator.minibatch_std
         for key, batch in (("training.batch", self.training.batch), ("adaptation.batch", self.adaptation.batch),
                            ("meta.inner_batch", self.meta.inner_batch)):
-            if group and batch % group:
+            if group and batch % group and (key != "meta.inner_batch" or self.meta.steps):
                 raise UserError(f"{key} = {batch} does not divide into groups of training.discriminator.minibatch_std = "
                                 f"{group}; choose a batch that does, on every worker.")
         if self.adaptation.batch > self.adaptation.images:

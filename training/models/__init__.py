@@ -12,15 +12,16 @@ from collections.abc import Callable
 
 from torch import nn
 
+from data_shards.errors import UserError
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.models.dcgan import make_dcgan
-from training.models.layers import Shape, check_unpacked, with_options
+from training.models.layers import Shape, with_options
 from training.models.mlp import make_mlp
 from training.models.r3gan import make_r3gan
 from training.models.resnet import make_resnet
 from training.models.style import make_style
 
-Maker = Callable[[GeneratorConfig, DiscriminatorConfig, Shape], dict[str, nn.Module]]
+Maker = Callable[[GeneratorConfig, DiscriminatorConfig, Shape, int], dict[str, nn.Module]]
 
 MODELS: dict[str, Maker] = {
     "dcgan": make_dcgan,
@@ -31,12 +32,18 @@ MODELS: dict[str, Maker] = {
 }
 
 
-def make_gan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape) -> dict[str, nn.Module]:
+def make_gan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape,
+             packed: int = 1) -> dict[str, nn.Module]:
     """``{"generator", "discriminator"}`` of the model that ``generator`` names, for samples of ``shape``.
+
+    Args:
+        packed: samples that D judges together, joined on channels (Lin et al. 2018, PacGAN).
 
     Raises:
         UserError: for a shape, or settings, that the model cannot serve.
     """
-    check_unpacked(discriminator, generator.classes)
-    networks = MODELS[generator.model](generator, discriminator, shape)
+    if generator.classes and packed > 1:
+        raise UserError(f"packs of {packed} images and training.generator.classes = {generator.classes} exclude each other: a "
+                        "pack would have several classes, and D's projection takes one; use one of the two.")
+    networks = MODELS[generator.model](generator, discriminator, shape, packed)
     return networks | {"discriminator": with_options(networks["discriminator"], discriminator)}

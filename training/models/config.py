@@ -41,7 +41,6 @@ class GeneratorConfig(OptimizerConfig):
 class DiscriminatorConfig(OptimizerConfig):
     channels: int = Field(64, ge=4, description="channels of the first layer; deeper layers double it; the mlp's units")
     growth: int = Field(8, ge=1, description="deeper layers have at most so many times `channels`")
-    packing: int = Field(1, ge=1, description="images that D sees as one sample, joined on channels (PacGAN)")
     minibatch_std: int = Field(0, ge=0, description="images over which the minibatch standard deviation is taken; 0: none")
     spectral_norm: bool = Field(False, description="divide each weight by its largest singular value (Miyato et al. 2018)")
     mlp: MlpConfig = MlpConfig()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from training.models.config import DiscriminatorConfig, GeneratorConfig
-from training.models.layers import SLOPE, Film, Head, Parts, Shape, channel_counts, halves, leaky, minibatch_std, packed
+from training.models.layers import SLOPE, Film, Head, Parts, Shape, channel_counts, halves, leaky, minibatch_std
 
 
 class Generator(nn.Module):
@@ -105,13 +105,14 @@ def make_generator(config: GeneratorConfig, shape: Shape) -> Generator:
     return Generator(config.latent_dim, channel_counts(config, stages)[::-1], base, shape[0], config.classes)
 
 
-def make_dcgan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape) -> dict[str, nn.Module]:
-    """Generator and discriminator for images of ``shape`` (C, H, W).
+def make_dcgan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape,
+               packed: int = 1) -> dict[str, nn.Module]:
+    """Generator and discriminator for images of ``shape`` (C, H, W); D sees ``packed`` of them.
 
     Raises:
         UserError: for an image that is not square or not 4..7 times a power of two.
     """
     base, stages = stages_of(shape)
     return {"generator": make_generator(generator, shape),
-            "discriminator": Discriminator(channel_counts(discriminator, stages), base, packed(shape, discriminator)[0],
+            "discriminator": Discriminator(channel_counts(discriminator, stages), base, shape[0] * packed,
                                            discriminator, generator.classes)}

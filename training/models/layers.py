@@ -61,11 +61,6 @@ def channel_counts(config: GeneratorConfig | DiscriminatorConfig, count: int) ->
     return [config.channels * min(2**i, config.growth) for i in range(count)]
 
 
-def packed(shape: Shape, config: DiscriminatorConfig) -> Shape:
-    """The shape of one sample of D: ``config.packing`` images joined on channels (Lin et al. 2018, PacGAN)."""
-    return (shape[0] * config.packing, *shape[1:])
-
-
 def upsample(x: Tensor, size: Size) -> Tensor:
     """Bilinear, to exactly ``size``."""
     return interpolate(x, size=size, mode="bilinear", align_corners=False)
@@ -180,10 +175,3 @@ def with_options(network: nn.Module, config: DiscriminatorConfig) -> nn.Module:
                     nn.init.normal_(module.weight)
                 parametrizations.spectral_norm(module)
     return network
-
-
-def check_unpacked(config: DiscriminatorConfig, classes: int) -> None:
-    """Raises `UserError` for packs of labelled images: a pack has several classes, a projection takes one."""
-    if classes and config.packing > 1:
-        raise UserError(f"training.discriminator.packing = {config.packing} and training.generator.classes = {classes} "
-                        "exclude each other: a pack would have several classes; use one of the two.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
 from training.models.config import DiscriminatorConfig, GeneratorConfig, MlpConfig
-from training.models.layers import Film, Head, Parts, Shape, halves, he_normal, leaky, minibatch_std, packed
+from training.models.layers import Film, Head, Parts, Shape, halves, he_normal, leaky, minibatch_std
 
 
 class Hidden(nn.Module):
@@ -25,7 +26,12 @@ class Hidden(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.film(self.linear(x), labels)
-        return leaky(x) if self.pieces == 1 else x.unflatten(1, (self.pieces, -1)).max(1).values
+        if self.pieces == 1:
+            return leaky(x)
+        largest, *others = x.chunk(self.pieces, dim=1)
+        for piece in others:
+            largest = largest + relu(piece - largest)  # max(a, b), by the rectifier that finite-difference penalties know
+        return largest
 
 
 class Generator(nn.Module):
@@ -71,8 +77,9 @@ class Discriminator(nn.Module):
         return self.head(self.features(samples), labels)
 
 
-def make_mlp(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape) -> dict[str, nn.Module]:
-    """Generator and discriminator for samples of any ``shape``."""
+def make_mlp(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape,
+             packed: int = 1) -> dict[str, nn.Module]:
+    """Generator and discriminator for samples of any ``shape``; D sees ``packed`` of them."""
     return {"generator": Generator(generator.latent_dim, generator.channels, generator.mlp, shape, generator.classes),
-            "discriminator": Discriminator(discriminator.channels, discriminator, packed(shape, discriminator),
+            "discriminator": Discriminator(discriminator.channels, discriminator, (shape[0] * packed, *shape[1:]),
                                            generator.classes)}

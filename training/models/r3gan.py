@@ -25,7 +25,6 @@ from training.models.layers import (
     image_sizes,
     leaky,
     minibatch_std,
-    packed,
     upsample,
 )
 
@@ -169,8 +168,9 @@ class Discriminator(nn.Module):
         return self.head(self.features(images), labels)
 
 
-def make_r3gan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape) -> dict[str, nn.Module]:
-    """Generator and discriminator for images of ``shape`` (C, H, W).
+def make_r3gan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape,
+               packed: int = 1) -> dict[str, nn.Module]:
+    """Generator and discriminator for images of ``shape`` (C, H, W); D sees ``packed`` of them.
 
     Raises:
         UserError: for an image with a side under 8 pixels, groups that do not divide the channels, and spectral normalisation.
@@ -181,5 +181,5 @@ def make_r3gan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, s
     sizes = image_sizes(shape, "r3gan")
     return {"generator": Generator(generator.latent_dim, channel_counts(generator, len(sizes))[::-1], sizes, shape[0],
                                    generator.r3gan, generator.classes),
-            "discriminator": Discriminator(channel_counts(discriminator, len(sizes)), sizes[0], packed(shape, discriminator)[0],
+            "discriminator": Discriminator(channel_counts(discriminator, len(sizes)), sizes[0], shape[0] * packed,
                                            discriminator, generator.classes)}

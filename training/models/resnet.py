@@ -24,7 +24,6 @@ from training.models.layers import (
     he_normal,
     image_sizes,
     minibatch_std,
-    packed,
     upsample,
 )
 
@@ -129,8 +128,9 @@ def _init(module: nn.Module) -> None:
         he_normal(module.conv1, gain=math.sqrt(2))
 
 
-def make_resnet(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape) -> dict[str, nn.Module]:
-    """Generator and discriminator for images of ``shape`` (C, H, W).
+def make_resnet(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape,
+                packed: int = 1) -> dict[str, nn.Module]:
+    """Generator and discriminator for images of ``shape`` (C, H, W); D sees ``packed`` of them.
 
     Raises:
         UserError: for an image with a side under 8 pixels.
@@ -139,4 +139,4 @@ def make_resnet(generator: GeneratorConfig, discriminator: DiscriminatorConfig, 
     return {"generator": Generator(generator.latent_dim, channel_counts(generator, len(sizes))[::-1], sizes, shape[0],
                                    generator.classes),
             "discriminator": Discriminator(channel_counts(discriminator, len(sizes) - 1), sizes[0],
-                                           packed(shape, discriminator)[0], discriminator, generator.classes)}
+                                           shape[0] * packed, discriminator, generator.classes)}

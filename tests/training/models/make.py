@@ -14,13 +14,13 @@ from training.models.layers import Shape
 LATENT = 6
 
 
-def small_gan(model: str, shape: Shape = (1, 16, 16), *, seed: int = 0, classes: int = 0,
+def small_gan(model: str, shape: Shape = (1, 16, 16), *, seed: int = 0, classes: int = 0, packed: int = 1,
               generator: dict[str, Any] | None = None, **discriminator: Any) -> tuple[nn.Module, nn.Module]:
     """Generator and discriminator of 4 channels with weights of ``seed``."""
     torch.manual_seed(seed)
     common: dict[str, Any] = {"channels": 4, "growth": 2}
     networks = make_gan(GeneratorConfig(model=model, latent_dim=LATENT, classes=classes, **common, **(generator or {})),
-                        DiscriminatorConfig(**common | discriminator), shape)
+                        DiscriminatorConfig(**common | discriminator), shape, packed)
     return networks["generator"], networks["discriminator"]
 
 

@@ -10,10 +10,10 @@ from training.models import make_gan
 from training.models.config import DiscriminatorConfig, GeneratorConfig, MlpConfig
 
 
-def pacgan_setting(packing: int = 2) -> dict[str, torch.nn.Module]:
+def pacgan_setting(packed: int = 2) -> dict[str, torch.nn.Module]:
     """Points of 2 dimensions, a generator of 400 units, a discriminator of 200 maxout units of 5 pieces."""
     return make_gan(GeneratorConfig(model="mlp", channels=400, latent_dim=2, mlp=MlpConfig(layers=4)),
-                    DiscriminatorConfig(channels=200, packing=packing, mlp=MlpConfig(layers=3, pieces=5)), (2,))
+                    DiscriminatorConfig(channels=200, mlp=MlpConfig(layers=3, pieces=5)), (2,), packed)
 
 
 def test_points_of_the_ring_and_the_grid() -> None:
