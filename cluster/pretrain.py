@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import JobFailed
+from cluster.meanwhile import scored_meanwhile
 from cluster.progress import progress
 from cluster.recipe import Recipe
 from data_shards import ShardSet
@@ -66,7 +67,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     watcher.start()
     folder = run / "pretrain"
     try:
-        with sigterm_asks(folder) as asked:
+        with sigterm_asks(folder) as asked, scored_meanwhile(recipe, run):
             trainer.fit()
             newest = latest_valid(folder)
             if asked() and newest and finished_pretraining(recipe, source, folder) is None:

@@ -21,7 +21,7 @@ def make_networks(config: TrainingConfig, shape: Shape, seed: int) -> dict[str, 
     """Fresh networks on this process's device; the same seed gives the same weights on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw(seed, "weights", 0).initial_seed())
-        networks = make_gan(config.generator, config.discriminator, shape)
+        networks = make_gan(config.generator, config.discriminator, shape, config.objective.pack)
     return {name: network.to(device()) for name, network in networks.items()}
 
 

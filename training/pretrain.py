@@ -11,17 +11,19 @@ import torch
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
+from training.augment import read_strength
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.draws import latents
 from training.ema import make_average, whole_average
 from training.engines import make_engine, whole_weights
 from training.events import append_event, cut_events
-from training.families import FAMILIES
+from training.families import FAMILIES, Phase
 from training.loop import Plan, State, train
 from training.networks import load_weights, make_networks
+from training.objectives.packing import check_packing
 from training.pictures import generate, save_grid
-from training.recipe import TrainingRecipe, per_worker_batch
+from training.recipe import TrainingConfig, TrainingRecipe, check_groups, per_worker_batch
 from training.source import source_id, source_parts
 from training.stopping import stop_requests
 from training.wandb_log import open_run
@@ -64,11 +66,27 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
     config = recipe.training
     return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
                 lr={"generator": config.generator.lr, "discriminator": config.discriminator.lr},
-                weights={"r1": config.objective.r1, "r2": config.objective.r2},
+                weights=config.objective.penalties(), augmentation=config.augmentation,
                 every={"generator": config.generator.every, "discriminator": config.discriminator.every},
                 accumulation=config.engine.accumulation, rescues=config.rescues,
                 ema_halflife_images=config.ema_halflife_images, precision=config.precision,
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
+
+
+def _phases(config: TrainingConfig) -> list[Phase]:
+    return FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties, packed=config.objective.pack,
+                                   augmentation=config.augmentation)
+
+
+def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
+    """Raises `UserError` when conditional networks are not told the classes of one labelled source."""
+    told, there = recipe.training.generator.classes, len(source.manifest.classes)
+    if told and recipe.data.mix:
+        raise UserError(f"training.generator.classes = {told} needs the classes of one set, and data.mix names more; leave "
+                        "data.mix out, or set it to 0.")
+    if told and told != there:
+        raise UserError(f"training.generator.classes = {told}, and the source {source.path} has {there} classes; set it to "
+                        f"{there}, or to 0 for a generator that is told none.")
 
 
 def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
@@ -82,7 +100,10 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     config = recipe.training
     torch.set_num_threads(config.threads)
     parts = source_parts(recipe.data, source)
-    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
+    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
+    check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
+    check_groups("training.batch", config.batch, world.size * config.engine.accumulation, config)
+    check_classes(recipe, source)
     folder = run / "pretrain"
     newest = latest_valid(folder)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
@@ -95,9 +116,11 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
-                                 state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
+                                 precision=config.precision, state=tensors.get(f"{name}_optimizer"))
+               for name, network in networks.items()}
     state = State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))},
-                  images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0))
+                  images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0),
+                  strength=read_strength(saved.get("augmentation")))
 
     lead = world.rank == 0
     identity = pretrain_id(recipe, source)
@@ -132,8 +155,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
             "image_shape": list(source.manifest.image_shape),
             "data_position": where(state.images),
             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
-            "lr_scale": state.lr_scale, "rescues": state.rescues,
-            "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
+            "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
+            "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
         prune(folder, config.keep_checkpoints)
         z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
         pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
@@ -147,7 +170,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                    pin_memory=torch.cuda.is_available())
     try:
         with stop_requests(folder) as stop:
-            train(state, FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties), feed,
+            train(state, _phases(config), feed,
                   make_plan(recipe), world=world, report=report, snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():
