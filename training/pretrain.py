@@ -27,7 +27,7 @@ from training.loop import Plan, State, train
 from training.networks import load_weights, make_networks
 from training.objectives.packing import check_packing
 from training.pictures import generate, save_grid
-from training.recipe import TrainingConfig, TrainingRecipe, per_worker_batch
+from training.recipe import TrainingConfig, TrainingRecipe, check_groups, per_worker_batch
 from training.rollback import roll_back, scale_after
 from training.schedule import value_at
 from training.source import source_id, source_parts, watched_ids
@@ -87,6 +87,17 @@ def _phases(config: TrainingConfig) -> list[Phase]:
                                    augmentation=config.augmentation)
 
 
+def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
+    """Raises `UserError` when conditional networks are not told the classes of one labelled source."""
+    told, there = recipe.training.generator.classes, len(source.manifest.classes)
+    if told and recipe.data.mix:
+        raise UserError(f"training.generator.classes = {told} needs the classes of one set, and data.mix names more; leave "
+                        "data.mix out, or set it to 0.")
+    if told and told != there:
+        raise UserError(f"training.generator.classes = {told}, and the source {source.path} has {there} classes; set it to "
+                        f"{there}, or to 0 for a generator that is told none.")
+
+
 def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
     """`train_on`, and again from an earlier checkpoint where the recipe's health section wants a rollback.
 
@@ -115,6 +126,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     parts = source_parts(recipe.data, source)
     local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
     check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
+    check_groups("training.batch", config.batch, world.size * config.engine.accumulation, config)
+    check_classes(recipe, source)
     folder = run / "pretrain"
     newest = latest_valid(folder)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})

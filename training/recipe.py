@@ -104,6 +104,12 @@ class TrainingConfig(Config):
         if engine.checkpoint_activations and engine.stage("discriminator") == 3 and penalised:
             raise ValueError("engine.checkpoint_activations does not go with penalties at ZeRO 3, whose finite differences "
                              "hold rectifiers in the forward pass only; use zero {generator: 3, discriminator: 2}")
+        if engine.stage("discriminator") == 3 and penalised and self.discriminator.minibatch_std:
+            raise ValueError("discriminator.minibatch_std does not go with penalties at ZeRO 3, whose finite differences need "
+                             "a logit that depends on one image; use zero {generator: 3, discriminator: 2}")
+        if engine.checkpoint_activations and self.discriminator.spectral_norm:
+            raise ValueError("engine.checkpoint_activations does not go with discriminator.spectral_norm, whose weights change "
+                             "with each forward pass; leave one of the two")
         if self.precision == "bf16_weights":
             if engine.kind != "deepspeed" or min(engine.stage(name) for name in names) < 2:
                 raise ValueError("precision bf16_weights needs engine.kind deepspeed and zero 2 or 3, which keep fp32 masters "
@@ -130,6 +136,7 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _objective_fits(self) -> TrainingConfig:
         check_packing("training.batch", self.batch, self.engine.accumulation, self.objective.pack)
+        check_groups("training.batch", self.batch, self.engine.accumulation, self)
         check_adaptive("training.augmentation", self.augmentation, self.objective)
         return self
 
@@ -194,8 +201,22 @@ class TrainingRecipe(Config):
                             f"{self.adaptation.batch}; raise it.")
         check_packing("adaptation.batch", self.adaptation.batch, 1, self.training.objective.pack)
         check_packing("meta.inner_batch", self.meta.inner_batch, 1, self.training.objective.pack)
+        check_groups("adaptation.batch", self.adaptation.batch, 1, self.training)
+        check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         return self
+
+
+def check_groups(key: str, batch: int, parts: int, training: TrainingConfig) -> None:
+    """Refuse a global ``batch``, each of whose ``parts`` (ranks x micro-batches) is not of whole groups of minibatch deviation.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    group = training.discriminator.minibatch_std * training.objective.pack
+    if group and batch % (group * parts):
+        raise UserError(f"{key} = {batch} does not fall into groups of {group} images (training.discriminator.minibatch_std, "
+                        f"times the pack) in each of its {parts} parts; use a multiple of {group * parts}.")
 
 
 def check_adaptive(key: str, augmentation: AugmentConfig, objective: ObjectiveConfig) -> None:
