@@ -36,7 +36,7 @@ def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float
         weights: of the network; by default ZeRO 3 sets a buffer of 5e8 values aside, however small the network.
     """
     stage: dict[str, Any] = {"stage": zero, "round_robin_gradients": False, "overlap_comm": False,
-                             "reduce_bucket_size": min(weights, 10_000_000)}
+                             "reduce_bucket_size": min(max(weights // 16, 1_000_000), 50_000_000)}
     if config.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
     if zero == 3:
