@@ -1,4 +1,8 @@
-"""Pretraining as a Ray Train run. The run's folder is the only truth: Ray's own storage is scratch and never resumed from."""
+"""Pretraining as a Ray Train run. The run's folder is the only truth: Ray's own storage is scratch and never resumed from.
+
+What a worker loses (docs/FAULTS.md): Ray Train starts the group again, at a size that the nodes allow, and each rank goes on
+from the newest good checkpoint. The driver watches, says what happened, and kills a worker that hangs.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,24 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from cluster.elastic import CHECK_EVERY_S, CHECKPOINT_S, PLACE_S, make_trainer
 from cluster.errors import JobFailed
-from cluster.progress import progress
+from cluster.heartbeat import Heartbeats, answers, beating
+from cluster.progress import Show, console, progress
 from cluster.recipe import Recipe
 from data_shards import ShardSet
 from training.checkpoint import latest_valid
-from training.events import read_events
+from training.events import append_event, read_events
 from training.pretrain import finished_pretraining
 from training.source import set_place
-from training.stopping import Stopped, sigterm_asks
+from training.stopping import RESIZE_FILE, STOP_FILE, Stopped, sigterm_asks
 
 POLL_S = 1.0
 
@@ -32,8 +40,18 @@ def worker(config: dict[str, Any]) -> None:
     from training.world import current_world
 
     logging.getLogger("graft").setLevel(logging.WARNING)
-    with suppress(Stopped):  # the driver knows, and Ray would try again
-        pretrain(Recipe.model_validate(config["recipe"]), open_set(config["source"]), Path(config["run"]), current_world())
+    recipe, run, world = Recipe.model_validate(config["recipe"]), Path(config["run"]), current_world()
+    try:
+        with beating(config["heartbeats"], world.rank, world.size) as step:
+            pretrain(recipe, open_set(config["source"]), run, world, step=step)
+    except Stopped:
+        folder = run / "pretrain"
+        if (folder / STOP_FILE).exists():
+            return  # the driver knows, and Ray would try again
+        if world.rank == 0:
+            (folder / RESIZE_FILE).unlink(missing_ok=True)  # the checkpoint is there: the group may be replaced
+        time.sleep(CHECKPOINT_S)
+        raise
 
 
 def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
@@ -41,30 +59,36 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
 
     Raises:
         Stopped: when SIGTERM asked for it; the workers have written a checkpoint.
-        JobFailed: with the worker's own error, after the recipe's retries.
+        JobFailed: with the worker's own error, after the recipe's retries; when the workers found no place; when the
+            cluster's head was lost.
     """
+    import ray
     import ray.train
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig  # what ray.train gives at run time; its stubs name the old one
 
     storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # Ray's 2 s are waited out when the workers are done
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACE_S))
     # A worker has another working directory.
     root = recipe.data.root if "://" in recipe.data.root else str(Path(recipe.data.root).resolve())
     sent = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
-    config = {"recipe": sent.model_dump(mode="json"), "source": set_place(sent.data, sent.data.source), "run": str(run)}
-    trainer = TorchTrainer(
-        worker, train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=recipe.cluster.workers, use_gpu=recipe.cluster.gpus_per_worker > 0,
-                                     resources_per_worker=recipe.cluster.worker_resources),
+    cluster, sizes, folder = recipe.cluster, recipe.world_sizes, run / "pretrain"
+    heartbeats = ray.remote(num_cpus=0)(Heartbeats).remote()
+    config = {"recipe": sent.model_dump(mode="json"), "source": set_place(sent.data, sent.data.source), "run": str(run),
+              "heartbeats": heartbeats}
+    trainer = make_trainer(
+        worker, sizes=sizes, folder=folder, start_seconds=cluster.start_seconds, train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=(sizes[0], sizes[-1]), use_gpu=cluster.gpus_per_worker > 0,
+                                     resources_per_worker=cluster.worker_resources,
+                                     elastic_resize_monitor_interval_s=CHECK_EVERY_S),
         run_config=RunConfig(
             name=f"{recipe.name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=recipe.cluster.max_failures, controller_failure_limit=3)))
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=-1)))
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(run / "pretrain" / "events.jsonl", recipe.training.images, stop))
+    watcher = threading.Thread(target=_watch, args=(recipe, run, heartbeats, stop))
     watcher.start()
-    folder = run / "pretrain"
+    lost = None
     try:
         with sigterm_asks(folder) as asked:
             trainer.fit()
@@ -75,33 +99,89 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
         raise KeyboardInterrupt from leaving
     except ray.train.WorkerGroupError as error:
         failures = list(error.worker_failures.values())
-        raise JobFailed(f"pretraining stopped: {_last_line(failures[0]) if failures else error}") from error
+        again = f" after {cluster.max_failures} new starts (cluster.max_failures)" if cluster.max_failures else ""
+        raise JobFailed(f"pretraining stopped{again}: {_cause(failures) if failures else error}") from error
+    except ray.train.ControllerError as error:
+        raise JobFailed(f"pretraining stopped: {_last_line(error.controller_failure)}; "
+                        "the same command goes on from the last checkpoint") from error
+    except ray.exceptions.RayError as error:
+        lost = error
+        raise JobFailed(f"pretraining stopped: the head of the Ray cluster is lost ({_last_line(error)[:80]}); once a cluster "
+                        "is up again, the same command goes on from the last checkpoint") from error
     finally:
         stop.set()
         watcher.join()
+        if lost is None:
+            ray.kill(heartbeats)
         with suppress(OSError):
             shutil.rmtree(storage)
-    checkpoint = finished_pretraining(recipe, source, run / "pretrain")
+    checkpoint = finished_pretraining(recipe, source, folder)
     assert checkpoint, "Ray Train returned before all images were seen"
     return checkpoint
 
 
-def _watch(events: Path, total: int, stop: threading.Event) -> None:
-    """Show the metrics log as rank 0 writes it."""
-    shown = len(read_events(events))
-    with progress("pretrain", total, "images") as show:
+def _watch(recipe: Recipe, run: Path, heartbeats: Any, stop: threading.Event) -> None:
+    """Show the metrics log as rank 0 writes it, say each new group, and kill workers that hang."""
+    with progress("pretrain", recipe.training.images, "images") as show:
+        shown, group = _shower(run / "pretrain" / "events.jsonl", recipe.training.images, show), ""
         while True:
             last = stop.wait(POLL_S)
-            lines = read_events(events)
-            for event in lines[min(shown, len(lines)):]:
-                metrics = event["metrics"]
-                rate = metrics["images_per_second"]
-                show(event["images"], f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
-                                      f"G {metrics['generator/adversarial']:.3f}  "
-                                      f"{max(total - event['images'], 0) / rate / 60:.1f} min left")
-            shown = len(lines)
+            shown()
             if last:
                 return
+            with suppress(Exception):  # a head that is lost is said by who waits for the run
+                group = _tend(recipe, run, heartbeats, group)
+
+
+def _tend(recipe: Recipe, run: Path, heartbeats: Any, before: str) -> str:
+    """One look at the workers; returns the newest group's name, ``before`` is the last one's."""
+    import ray
+
+    limits = (recipe.cluster.hang_seconds, recipe.cluster.start_seconds)
+    (group, size, joined), hung = ray.get([heartbeats.now.remote(), heartbeats.hung.remote(*limits)], timeout=10)
+    for one in hung:
+        if answers(one.actor) is None:
+            continue  # dead, not hung
+        newest = latest_valid(run / "pretrain")
+        console.print(f"pretrain  rank {one.rank} ({one.where}) {one.why}; it is killed, and training starts again from "
+                      f"{newest.name if newest else 'the beginning'}", markup=False)
+        append_event(run / "events.jsonl", stage="pretrain", images=0, metrics={"hung_rank": one.rank})
+        ray.kill(one.actor)
+        ray.get(heartbeats.leave.remote(group, one.rank), timeout=10)
+    if group == before or joined < size:
+        return before
+    if before:
+        newest = latest_valid(run / "pretrain")
+        console.print(f"pretrain  goes on with {size} worker{'s' * (size > 1)} from "
+                      f"{newest.name if newest else 'the beginning'}", markup=False)
+    append_event(run / "events.jsonl", stage="pretrain", images=0, metrics={"workers": size})
+    return str(group)
+
+
+def _shower(events: Path, total: int, show: Show) -> Callable[[], None]:
+    """A function that shows the lines that are new since its last call."""
+    shown = len(read_events(events))
+
+    def new() -> None:
+        nonlocal shown
+        lines = read_events(events)
+        for event in lines[min(shown, len(lines)):]:
+            metrics = event["metrics"]
+            rate = metrics["images_per_second"]
+            show(event["images"], f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
+                                  f"G {metrics['generator/adversarial']:.3f}  "
+                                  f"{max(total - event['images'], 0) / rate / 60:.1f} min left")
+        shown = len(lines)
+
+    return new
+
+
+def _cause(failures: list[Exception]) -> str:
+    """The line that says most: a worker's own error before what its death did to the others."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    own = [error for error in failures if not isinstance(error, WorkerHealthCheckFailedError)]
+    return _last_line((own or failures)[0])
 
 
 def _last_line(error: BaseException) -> str:

@@ -83,12 +83,18 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
 def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     """What follows from the recipe, each with its formula, one line each."""
     training, fanout, cluster = recipe.training, recipe.fanout, recipe.cluster
-    each = per_worker_batch(training.batch, cluster.workers, recipe.data.streams)
+    shares = " or ".join(f"{size} x {per_worker_batch(training.batch, size, recipe.data.streams)}"
+                         for size in recipe.world_sizes)
     precision = training.precision if training.precision != "auto" else f"auto ({'bf16' if has_bf16() else 'fp32'} here)"
     yield f"run {recipe.name} -> {out}"
     yield (f"  pretrain  {training.images} images / batch {training.batch} = {-(-training.images // training.batch)} steps; "
-           f"{cluster.workers} workers x {each} images; {training.engine.kind}"
+           f"workers x images: {shares}; {training.engine.kind}"
            + (f" ZeRO {training.engine.zero}" if training.engine.kind == "deepspeed" else "") + f"; {precision}")
+    low, high = cluster.worker_bounds
+    if skipped := sorted(set(range(low, high + 1)) - set(recipe.world_sizes)):
+        yield (f"  elastic   of {low}-{high} workers, {_listed(recipe.world_sizes)} divide{'s' * (len(recipe.world_sizes) == 1)} "
+               f"the batch of {training.batch} and the {recipe.data.streams} streams; {_listed(skipped)} "
+               f"{'is' if len(skipped) == 1 else 'are'} skipped")
     if recipe.needs_meta:
         meta = recipe.meta
         yield (f"  meta      {meta.steps} steps x {meta.tasks} tasks x {meta.inner_steps} inner steps x {meta.inner_batch} = "
@@ -155,7 +161,7 @@ def _pretrain(recipe: Recipe, source: ShardSet, out: Path, done: Path | None, st
         console.print(f"pretrain  already done: {done}")
         return
     start_ray()
-    preflight({"pretraining": [recipe.cluster.worker_resources] * recipe.cluster.workers})
+    preflight({"pretraining": [recipe.cluster.worker_resources] * recipe.world_sizes[0]})
     with _timed(out, "pretrain"):
         pretrain_on_ray(recipe, source, out)
 
@@ -290,6 +296,10 @@ def _once(start: Callable[[], Any]) -> Callable[[], None]:
 def _cpus() -> int:
     """CPUs of this machine that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _every(count: int, call: Callable[..., None]) -> Callable[..., None]:

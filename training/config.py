@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -134,7 +134,9 @@ def _origin(dotted: str, where: str, overrides: Iterable[str]) -> str:
 
 
 def _location(error: Any) -> list[str]:
-    return [str(part) for part in error["loc"] if part not in ("float", "int") and not str(part).startswith("list[")]
+    """The keys to the value, without what pydantic adds for the kinds of value that a field may have (tags are capitalised)."""
+    return [part for part in map(str, error["loc"])
+            if part not in ("float", "int") and not part.startswith("list[") and not part[:1].isupper()]
 
 
 def _explain(model: type[Config], error: Any) -> str:
@@ -158,9 +160,11 @@ def field_paths(model: type[Config], prefix: str = "") -> Iterator[str]:
     """Every dotted key of ``model``, sections before their fields."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, Config):
-            yield from field_paths(nested, f"{prefix}{name}.")
+        # A field that is a number or a section is Annotated[Annotated[int, ...] | Annotated[Section, ...], ...].
+        kinds = [get_args(kind)[0] if get_args(kind) else kind for kind in (field.annotation, *get_args(field.annotation))]
+        for nested in kinds:
+            if isinstance(nested, type) and issubclass(nested, Config):
+                yield from field_paths(nested, f"{prefix}{name}.")
 
 
 def describe(config: Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

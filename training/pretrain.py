@@ -70,10 +70,12 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
 
 
-def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
+def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
+             step: Callable[[int], None] | None = None) -> Path:
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
-    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0.
+    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0; ``step`` gets the
+    images seen before each step, on every rank.
 
     Raises:
         Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
@@ -142,7 +144,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                    pin_memory=torch.cuda.is_available())
     try:
         with stop_requests(folder) as stop:
-            train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
+            train(state, FAMILIES[config.family](config.objective.loss), _images(feed, state, step), make_plan(recipe), world=world,
                   report=report, snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():
@@ -152,6 +154,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     return step_folder(folder, state.images)
 
 
-def _images(feed: Iterator[Any]) -> Iterator[Tensor]:
+def _images(feed: Iterator[Any], state: State, step: Callable[[int], None] | None) -> Iterator[Tensor]:
     for batch in feed:
+        if step:
+            step(state.images)
         yield batch.images
