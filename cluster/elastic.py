@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.network import use_node_interface
 from training.stopping import RESIZE_FILE
 
 CHECK_EVERY_S = 5.0  # between two looks at the cluster's nodes, whose list Ray itself renews every 20 s
@@ -39,8 +40,12 @@ def make_trainer(worker: Callable[[dict[str, Any]], None], *, sizes: Sequence[in
         arguments: `TorchTrainer`'s, with a scaling config over (sizes[0], sizes[-1]) workers.
     """
     import ray
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     class DividingSizes(ElasticScalingPolicy):
         """Lives in Ray Train's controller, which asks it whenever it starts a group and at each poll of a running one."""
@@ -83,8 +88,32 @@ def make_trainer(worker: Callable[[dict[str, Any]], None], *, sizes: Sequence[in
             self.next = None
             (folder / RESIZE_FILE).unlink(missing_ok=True)
 
+    class StartsAgain(DefaultFailurePolicy):
+        """A worker or node that is lost while a group starts is a fault like any other; Ray would end the run."""
+
+        starts = 0
+
+        def make_decision(self, training_failed_error: Any) -> Any:
+            failure = getattr(training_failed_error, "controller_failure", None)
+            if failure is None or isinstance(failure, WorkerGroupStartupTimeoutError | TimeoutError):
+                return super().make_decision(training_failed_error)
+            self.starts += 1
+            return FailureDecision.RETRY if self.starts <= self.failure_config.max_failures else FailureDecision.RAISE
+
+    class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(use_node_interface)
+            super().on_start(worker_group, backend_config)
+
+    class Group(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
     class Trainer(TorchTrainer):
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            return super()._initialize_and_run_controller(**parts | {"scaling_policy": DividingSizes(self.scaling_config)})
+            return super()._initialize_and_run_controller(**parts | {
+                "scaling_policy": DividingSizes(self.scaling_config),
+                "failure_policy": StartsAgain(self.run_config.failure_config)})
 
-    return Trainer(worker, **arguments)
+    return Trainer(worker, torch_config=Group(), **arguments)

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,9 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     """
     import ray
     import ray.train
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.config import FailureConfig  # what ray.train gives at run time; its stubs name the old one
+    from ray.train import RunConfig
+    from ray.train.v2.api.config import FailureConfig, ScalingConfig  # what ray.train gives; its stubs name the old ones
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # Ray's 2 s are waited out when the workers are done
@@ -74,7 +75,9 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     root = recipe.data.root if "://" in recipe.data.root else str(Path(recipe.data.root).resolve())
     sent = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     cluster, sizes, folder = recipe.cluster, recipe.world_sizes, run / "pretrain"
-    heartbeats = ray.remote(num_cpus=0)(Heartbeats).remote()
+    # On the driver's own node, which another node's loss does not touch.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    heartbeats = ray.remote(Heartbeats).options(num_cpus=0, scheduling_strategy=here).remote()
     config = {"recipe": sent.model_dump(mode="json"), "source": set_place(sent.data, sent.data.source), "run": str(run),
               "heartbeats": heartbeats}
     trainer = make_trainer(
@@ -98,9 +101,8 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     except SystemExit as leaving:  # Ray Train's answer to Ctrl-C, which would end the program without a word
         raise KeyboardInterrupt from leaving
     except ray.train.WorkerGroupError as error:
-        failures = list(error.worker_failures.values())
-        again = f" after {cluster.max_failures} new starts (cluster.max_failures)" if cluster.max_failures else ""
-        raise JobFailed(f"pretraining stopped{again}: {_cause(failures) if failures else error}") from error
+        raise JobFailed(f"pretraining stopped after {cluster.max_failures} new starts (cluster.max_failures): "
+                        f"{_cause(error.worker_failures)}; the same command goes on from the last checkpoint") from error
     except ray.train.ControllerError as error:
         raise JobFailed(f"pretraining stopped: {_last_line(error.controller_failure)}; "
                         "the same command goes on from the last checkpoint") from error
@@ -176,12 +178,15 @@ def _shower(events: Path, total: int, show: Show) -> Callable[[], None]:
     return new
 
 
-def _cause(failures: list[Exception]) -> str:
-    """The line that says most: a worker's own error before what its death did to the others."""
+def _cause(failures: Mapping[int, Exception]) -> str:
+    """What most likely came first, of the errors by rank: a lost process breaks the others' collectives."""
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    own = [error for error in failures if not isinstance(error, WorkerHealthCheckFailedError)]
-    return _last_line((own or failures)[0])
+    lost = sorted(rank for rank, error in failures.items() if isinstance(error, WorkerHealthCheckFailedError))
+    if lost:
+        return f"rank {', '.join(map(str, lost))} was lost (the process or its node died)"
+    own = [error for error in failures.values() if "Connection closed by peer" not in str(error)]
+    return _last_line((own or list(failures.values()))[0]).rstrip(".")
 
 
 def _last_line(error: BaseException) -> str:

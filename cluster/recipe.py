@@ -41,7 +41,7 @@ class ClusterConfig(Config):
         300.0, "seconds without a step after which a worker is taken for hung, is killed, and training starts again; longer "
                "than a checkpoint takes to write", gt=0)
     start_seconds: float = operational(
-        300.0, "seconds to wait for the workers' resources, and for each worker's first step (or hang_seconds, if longer)", gt=0)
+        300.0, "seconds to wait for the workers' resources, and for a worker's first step (hang_seconds, if longer)", gt=0)
 
     @property
     def worker_bounds(self) -> tuple[int, int]:

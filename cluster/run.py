@@ -91,9 +91,10 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
            f"workers x images: {shares}; {training.engine.kind}"
            + (f" ZeRO {training.engine.zero}" if training.engine.kind == "deepspeed" else "") + f"; {precision}")
     low, high = cluster.worker_bounds
-    if skipped := sorted(set(range(low, high + 1)) - set(recipe.world_sizes)):
-        yield (f"  elastic   of {low}-{high} workers, {_listed(recipe.world_sizes)} divide{'s' * (len(recipe.world_sizes) == 1)} "
-               f"the batch of {training.batch} and the {recipe.data.streams} streams; {_listed(skipped)} "
+    sizes = recipe.world_sizes
+    if skipped := [size for size in range(low, high + 1) if size not in sizes]:
+        yield (f"  elastic   of {low}-{high} workers, {_listed(sizes)} divide{'s' if len(sizes) == 1 else ''} the batch of "
+               f"{training.batch} and the {recipe.data.streams} streams; {_listed(skipped)} "
                f"{'is' if len(skipped) == 1 else 'are'} skipped")
     if recipe.needs_meta:
         meta = recipe.meta

@@ -144,8 +144,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                    pin_memory=torch.cuda.is_available())
     try:
         with stop_requests(folder) as stop:
-            train(state, FAMILIES[config.family](config.objective.loss), _images(feed, state, step), make_plan(recipe), world=world,
-                  report=report, snapshot=snapshot, stop=stop)
+            train(state, FAMILIES[config.family](config.objective.loss), _images(feed, state, step), make_plan(recipe),
+                  world=world, report=report, snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():
             engine.close()
