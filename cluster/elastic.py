@@ -114,6 +114,6 @@ def make_trainer(worker: Callable[[dict[str, Any]], None], *, sizes: Sequence[in
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             return super()._initialize_and_run_controller(**parts | {
                 "scaling_policy": DividingSizes(self.scaling_config),
-                "failure_policy": StartsAgain(self.run_config.failure_config)})
+                "failure_policy": StartsAgain(parts["failure_policy"].failure_config)})
 
     return Trainer(worker, torch_config=Group(), **arguments)

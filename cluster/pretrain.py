@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from cluster.errors import JobFailed
 from cluster.heartbeat import Heartbeats, answers, beating
 from cluster.progress import Show, console, progress
 from cluster.recipe import Recipe
+from cluster.session import listens
 from data_shards import ShardSet
 from training.checkpoint import latest_valid
 from training.events import append_event, read_events
@@ -31,6 +33,9 @@ from training.source import set_place
 from training.stopping import RESIZE_FILE, STOP_FILE, Stopped, sigterm_asks
 
 POLL_S = 1.0
+LOST = ("pretraining stopped: the head of the Ray cluster is lost; once one is up, the same command goes on from the last "
+        "checkpoint")
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray's own name, in its own case
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -77,7 +82,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     cluster, sizes, folder = recipe.cluster, recipe.world_sizes, run / "pretrain"
     # On the driver's own node, which another node's loss does not touch.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    heartbeats = ray.remote(Heartbeats).options(num_cpus=0, scheduling_strategy=here).remote()
+    heartbeats: Any = ray.remote(Heartbeats).options(num_cpus=0, scheduling_strategy=here).remote()
     config = {"recipe": sent.model_dump(mode="json"), "source": set_place(sent.data, sent.data.source), "run": str(run),
               "heartbeats": heartbeats}
     trainer = make_trainer(
@@ -108,8 +113,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
                         "the same command goes on from the last checkpoint") from error
     except ray.exceptions.RayError as error:
         lost = error
-        raise JobFailed(f"pretraining stopped: the head of the Ray cluster is lost ({_last_line(error)[:80]}); once a cluster "
-                        "is up again, the same command goes on from the last checkpoint") from error
+        raise JobFailed(LOST) from error
     finally:
         stop.set()
         watcher.join()
@@ -123,16 +127,28 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
 
 
 def _watch(recipe: Recipe, run: Path, heartbeats: Any, stop: threading.Event) -> None:
-    """Show the metrics log as rank 0 writes it, say each new group, and kill workers that hang."""
+    """Show the metrics log as rank 0 writes it, say each new group, kill workers that hang, and notice a head that is gone."""
+    import ray
+
+    head = ray.get_runtime_context().gcs_address
+    patience = float(os.environ.get(RECONNECT, "60")) - 10
     with progress("pretrain", recipe.training.images, "images") as show:
-        shown, group = _shower(run / "pretrain" / "events.jsonl", recipe.training.images, show), ""
+        shown, group, answered = _shower(run / "pretrain" / "events.jsonl", recipe.training.images, show), "", time.monotonic()
         while True:
             last = stop.wait(POLL_S)
             shown()
             if last:
                 return
-            with suppress(Exception):  # a head that is lost is said by who waits for the run
+            if listens(head):
+                answered = time.monotonic()
+            elif time.monotonic() - answered > patience:
+                break
+            with suppress(Exception):  # a head that does not answer
                 group = _tend(recipe, run, heartbeats, group)
+    # A head with its state in Redis would have come back by now. Without one Ray ends this process, without a word of graft's
+    # and with no chance to tidy up, some seconds from now; the workers on other nodes are ended by Ray likewise.
+    print(f"graft: {LOST}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _tend(recipe: Recipe, run: Path, heartbeats: Any, before: str) -> str:

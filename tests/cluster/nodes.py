@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,8 @@ HEAD_PORTS = ("dashboard-port", "ray-client-server-port")
 NODE_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
 # A dead node is noticed after 3 failed checks of a second each; Ray's own values make it half a minute.
 QUICK = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
-         "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+         "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3",
+         "RAY_raylet_start_wait_time_s": "120"}
 
 
 @dataclass
@@ -118,9 +118,3 @@ def train_workers() -> list[psutil.Process]:
     """The processes of Ray Train workers on this machine whose code comes from this checkout's tests."""
     return [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(one.info["cmdline"] or ())]
 
-
-def listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-        return True
-    return False

@@ -20,8 +20,9 @@ import psutil
 import pytest
 import yaml
 
+from cluster.session import listens
 from data_shards import open_set
-from tests.cluster.nodes import Node, Nodes, cluster_nodes, end, listens, train_workers
+from tests.cluster.nodes import Node, Nodes, cluster_nodes, end, train_workers
 from tests.cluster.test_run import PROJECT, family
 from tests.toy import toy_recipe, toy_set, toy_tree
 from training.checkpoint import latest_valid, step_folder
