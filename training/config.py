@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -160,11 +161,15 @@ def field_paths(model: type[Config], prefix: str = "") -> Iterator[str]:
     """Every dotted key of ``model``, sections before their fields."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        # A field that is a number or a section is Annotated[Annotated[int, ...] | Annotated[Section, ...], ...].
-        kinds = [get_args(kind)[0] if get_args(kind) else kind for kind in (field.annotation, *get_args(field.annotation))]
-        for nested in kinds:
-            if isinstance(nested, type) and issubclass(nested, Config):
-                yield from field_paths(nested, f"{prefix}{name}.")
+        for section in sections_of(field.annotation):
+            yield from field_paths(section, f"{prefix}{name}.")
+
+
+def sections_of(annotation: Any) -> list[type[Config]]:
+    """The sections that a field may hold: itself one, or one of Annotated[A, ...] | Annotated[B, ...]."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    plain = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    return [kind for kind in plain if isinstance(kind, type) and issubclass(kind, Config)]
 
 
 def describe(config: Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
