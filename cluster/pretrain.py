@@ -22,6 +22,7 @@ from typing import Any
 from cluster.elastic import CHECK_EVERY_S, CHECKPOINT_S, PLACE_S, make_trainer
 from cluster.errors import JobFailed
 from cluster.heartbeat import Heartbeats, answers, beating
+from cluster.meanwhile import scored_meanwhile
 from cluster.progress import Show, console, progress
 from cluster.recipe import Recipe
 from cluster.session import listens
@@ -98,7 +99,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     watcher.start()
     lost = None
     try:
-        with sigterm_asks(folder) as asked:
+        with sigterm_asks(folder) as asked, scored_meanwhile(recipe, run):
             trainer.fit()
             newest = latest_valid(folder)
             if asked() and newest and finished_pretraining(recipe, source, folder) is None:

@@ -72,7 +72,7 @@ class Recipe(TrainingRecipe):
         low, high = self.cluster.worker_bounds
         if not self.world_sizes:
             if low == high:
-                per_worker_batch(self.training.batch, low, self.data.streams)
+                self._share(low)
             raise UserError(f"none of {low}-{high} workers (cluster.workers) divides both training.batch = "
                             f"{self.training.batch} and data.streams = {self.data.streams}; widen the range.")
         return self
@@ -85,10 +85,13 @@ class Recipe(TrainingRecipe):
 
     def _divides(self, workers: int) -> bool:
         try:
-            per_worker_batch(self.training.batch, workers, self.data.streams)
+            self._share(workers)
         except UserError:
             return False
         return True
+
+    def _share(self, workers: int) -> int:
+        return per_worker_batch(self.training.batch, workers, self.data.streams, self.training.engine.accumulation)
 
     @property
     def needs_meta(self) -> bool:

@@ -28,7 +28,6 @@ from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
-from training.recipe import per_worker_batch
 from training.source import set_place, source_parts, source_sets
 from training.target import load_target
 from training.world import device, has_bf16
@@ -68,6 +67,8 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
         folders = [set_place(recipe.data, name) for name in named]
         start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))
         board = None
+        if "pretrain" in chosen and recipe.evaluation.during_pretraining:
+            _encoder(recipe, source, out)  # the net of the scores that are taken meanwhile
         if "pretrain" in chosen:
             _pretrain(recipe, source, out, done, start_ray)
         if "encoder" in chosen:
@@ -83,8 +84,7 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
 def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     """What follows from the recipe, each with its formula, one line each."""
     training, fanout, cluster = recipe.training, recipe.fanout, recipe.cluster
-    shares = " or ".join(f"{size} x {per_worker_batch(training.batch, size, recipe.data.streams)}"
-                         for size in recipe.world_sizes)
+    shares = " or ".join(f"{size} x {training.batch // size}" for size in recipe.world_sizes)
     precision = training.precision if training.precision != "auto" else f"auto ({'bf16' if has_bf16() else 'fp32'} here)"
     yield f"run {recipe.name} -> {out}"
     yield (f"  pretrain  {training.images} images / batch {training.batch} = {-(-training.images // training.batch)} steps; "

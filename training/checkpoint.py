@@ -109,6 +109,11 @@ def checkpoint_problem(folder: Path) -> str | None:
     return None
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder says that it is a checkpoint; `checkpoint_problem` says whether it is a whole one."""
+    return (folder / STATE_FILE).is_file()
+
+
 def latest_valid(parent: Path) -> Path | None:
     """The newest whole checkpoint ``parent/step-*``, saying which damaged ones were passed over; None when there is none."""
     for folder in sorted(parent.glob("step-*"), reverse=True):

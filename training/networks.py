@@ -23,6 +23,10 @@ def make_networks(config: TrainingConfig, image_shape: ImageShape, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw(seed, "weights", 0).initial_seed())
         networks = MODELS[config.generator.model](config.generator, config.discriminator, image_shape)
+        if config.objective.pack > 1:  # D judges that many images, stacked along the channels
+            packed = (config.objective.pack * image_shape[0], *image_shape[1:])
+            networks["discriminator"] = MODELS[config.generator.model](
+                config.generator, config.discriminator, packed)["discriminator"]
     return {name: network.to(device()) for name, network in networks.items()}
 
 

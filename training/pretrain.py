@@ -7,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
+from training.augment import read_strength
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.draws import latents
-from training.ema import make_average
-from training.engines import make_engine
+from training.ema import make_average, whole_average
+from training.engines import make_engine, whole_weights
 from training.events import append_event, cut_events
-from training.families import FAMILIES
+from training.families import FAMILIES, Phase
 from training.loop import Plan, State, train
 from training.networks import load_weights, make_networks
+from training.objectives.packing import check_packing
 from training.pictures import generate, save_grid
-from training.recipe import TrainingRecipe, per_worker_batch
+from training.recipe import TrainingConfig, TrainingRecipe, per_worker_batch
 from training.source import source_id, source_parts
 from training.stopping import stop_requests
 from training.wandb_log import open_run
@@ -65,9 +66,16 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
     config = recipe.training
     return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
                 lr={"generator": config.generator.lr, "discriminator": config.discriminator.lr},
-                weights={"r1": config.objective.r1, "r2": config.objective.r2},
+                weights=config.objective.penalties(), augmentation=config.augmentation,
+                every={"generator": config.generator.every, "discriminator": config.discriminator.every},
+                accumulation=config.engine.accumulation, rescues=config.rescues,
                 ema_halflife_images=config.ema_halflife_images, precision=config.precision,
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
+
+
+def _phases(config: TrainingConfig) -> list[Phase]:
+    return FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties, packed=config.objective.pack,
+                                   augmentation=config.augmentation)
 
 
 def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
@@ -83,7 +91,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     config = recipe.training
     torch.set_num_threads(config.threads)
     parts = source_parts(recipe.data, source)
-    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
+    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
+    check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
     folder = run / "pretrain"
     newest = latest_valid(folder)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
@@ -91,15 +100,16 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
         check_same_pretraining(saved, recipe, source, folder)
 
     networks = make_networks(config, source.manifest.image_shape, recipe.seed)
-    average = make_average(networks["generator"])
     if newest:
-        for name, network in {**networks, "generator_ema": average}.items():
+        for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
-    state = State(
-        engines={name: make_engine(network, optimizers[name], config.engine, world, batch=local_batch,
-                                   state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()},
-        averages={"generator": average}, images=int(saved["images"]))
+    engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
+                                 precision=config.precision, state=tensors.get(f"{name}_optimizer"))
+               for name, network in networks.items()}
+    state = State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))},
+                  images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0),
+                  strength=read_strength(saved.get("augmentation")))
 
     lead = world.rank == 0
     identity = pretrain_id(recipe, source)
@@ -123,19 +133,24 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                 progress(state.images, metrics)
 
     def snapshot(state: State) -> None:
-        states = {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
+        weights = {name: whole_weights(engine, to=0) for name, engine in state.engines.items()}
+        weights |= {f"{name}_ema": whole_average(average, state.engines[name], to=0)
+                    for name, average in state.averages.items()}
+        weights |= {f"{name}_optimizer": engine.optimizer_state(to=0) for name, engine in state.engines.items()}
         if not lead:
             return
-        weights = {name: network.state_dict() for name, network in {**state.networks, "generator_ema": average}.items()}
-        save_checkpoint(step_folder(folder, state.images), weights | states, {
+        save_checkpoint(step_folder(folder, state.images), weights, {
             "images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
             "image_shape": list(source.manifest.image_shape),
             "data_position": where(state.images),
             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
-            "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
+            "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
+            "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
         prune(folder, config.keep_checkpoints)
         z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
-        save_grid(generate(average, z), folder / "samples.png")
+        pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
+        load_weights(pictured, weights["generator_ema"], what="the generator's average")
+        save_grid(generate(pictured, z), folder / "samples.png")
         if wandb_run:
             wandb_run.log_image("samples", folder / "samples.png")
 
@@ -144,8 +159,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                    pin_memory=torch.cuda.is_available())
     try:
         with stop_requests(folder) as stop:
-            train(state, FAMILIES[config.family](config.objective.loss), _images(feed, state, step), make_plan(recipe),
-                  world=world, report=report, snapshot=snapshot, stop=stop)
+            train(state, _phases(config), _noted(feed, state, step), make_plan(recipe), world=world, report=report,
+                  snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():
             engine.close()
@@ -154,8 +169,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     return step_folder(folder, state.images)
 
 
-def _images(feed: Iterator[Any], state: State, step: Callable[[int], None] | None) -> Iterator[Tensor]:
+def _noted(feed: Iterator[Any], state: State, step: Callable[[int], None] | None) -> Iterator[Any]:
     for batch in feed:
         if step:
             step(state.images)
-        yield batch.images
+        yield batch
