@@ -28,7 +28,9 @@ from cluster.recipe import Recipe
 from cluster.session import listens
 from data_shards import ShardSet
 from training.checkpoint import latest_valid
+from training.cost import cost_line
 from training.events import append_event, read_events
+from training.health import Unhealthy, act, make_watch, story
 from training.pretrain import finished_pretraining
 from training.source import set_place
 from training.stopping import RESIZE_FILE, STOP_FILE, Stopped, sigterm_asks
@@ -50,10 +52,12 @@ def worker(config: dict[str, Any]) -> None:
     try:
         with beating(config["heartbeats"], world.rank, world.size) as step:
             pretrain(recipe, open_set(config["source"]), run, world, step=step)
+    except Unhealthy:
+        return  # the driver knows, and Ray would try again
     except Stopped:
         folder = run / "pretrain"
         if (folder / STOP_FILE).exists():
-            return  # the driver knows, and Ray would try again
+            return  # likewise
         if world.rank == 0:
             (folder / RESIZE_FILE).unlink(missing_ok=True)  # the checkpoint is there: the group may be replaced
         time.sleep(CHECKPOINT_S)
@@ -65,6 +69,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
 
     Raises:
         Stopped: when SIGTERM asked for it; the workers have written a checkpoint.
+        Unhealthy: when an alarm ended it (``training.health.action``).
         JobFailed: with the worker's own error, after the recipe's retries; when the workers found no place; when the
             cluster's head was lost.
     """
@@ -123,7 +128,11 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
         with suppress(OSError):
             shutil.rmtree(storage)
     checkpoint = finished_pretraining(recipe, source, folder)
+    log = read_events(folder / "events.jsonl")
+    if checkpoint is None:
+        act(make_watch(recipe.training.health, log))
     assert checkpoint, "Ray Train returned before all images were seen"
+    console.print(f"pretrain  {cost_line(log, recipe.training.batch)}", markup=False)
     return checkpoint
 
 
@@ -134,7 +143,7 @@ def _watch(recipe: Recipe, run: Path, heartbeats: Any, stop: threading.Event) ->
     head = ray.get_runtime_context().gcs_address
     patience = float(os.environ.get(RECONNECT, "60")) - 10
     with progress("pretrain", recipe.training.images, "images") as show:
-        shown, group, answered = _shower(run / "pretrain" / "events.jsonl", recipe.training.images, show), "", time.monotonic()
+        shown, group, answered = _shower(run / "pretrain" / "events.jsonl", recipe, show), "", time.monotonic()
         while True:
             last = stop.wait(POLL_S)
             shown()
@@ -177,20 +186,27 @@ def _tend(recipe: Recipe, run: Path, heartbeats: Any, before: str) -> str:
     return str(group)
 
 
-def _shower(events: Path, total: int, show: Show) -> Callable[[], None]:
-    """A function that shows the lines that are new since its last call."""
-    shown = len(read_events(events))
+def _shower(events: Path, recipe: Recipe, show: Show) -> Callable[[], None]:
+    """A function that shows the lines that are new since its last call, and the news of the run's health."""
+    lines, total = read_events(events), recipe.training.images
+    shown, told = len(lines), len(story(lines, recipe.training.health))
 
     def new() -> None:
-        nonlocal shown
+        nonlocal shown, told
         lines = read_events(events)
         for event in lines[min(shown, len(lines)):]:
             metrics = event["metrics"]
+            if "health/rollbacks" in metrics:
+                show(event["images"], f"rolled back to here; learning rates times {metrics['lr_scale']:g}")
+                continue
             rate = metrics["images_per_second"]
             show(event["images"], f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
                                   f"G {metrics['generator/adversarial']:.3f}  "
                                   f"{max(total - event['images'], 0) / rate / 60:.1f} min left")
-        shown = len(lines)
+        heard = story(lines, recipe.training.health)
+        for images, sentence in heard[min(told, len(heard)):]:
+            show(images, f"warning: {sentence}")
+        shown, told = len(lines), len(heard)
 
     return new
 

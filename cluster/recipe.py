@@ -8,7 +8,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_shards.errors import UserError
 from training.config import Config, operational
-from training.recipe import TrainingRecipe, per_worker_batch
+from training.objectives.packing import check_packing
+from training.recipe import TrainingRecipe, check_groups, per_worker_batch
 from tune_spaces.config import FanoutConfig
 
 
@@ -77,6 +78,13 @@ class Recipe(TrainingRecipe):
                             f"{self.training.batch} and data.streams = {self.data.streams}; widen the range.")
         return self
 
+    @model_validator(mode="after")
+    def _targets_have_the_sources_classes(self) -> Any:
+        if self.training.generator.classes and self.fanout.targets:
+            raise ValueError(f"training.generator.classes = {self.training.generator.classes} makes a source that is told its "
+                             "classes, and target domains have others; leave fanout.targets out, or set it to 0")
+        return self
+
     @property
     def world_sizes(self) -> list[int]:
         """The numbers of workers within `cluster.workers` that divide the global batch and the streams, ascending."""
@@ -91,7 +99,12 @@ class Recipe(TrainingRecipe):
         return True
 
     def _share(self, workers: int) -> int:
-        return per_worker_batch(self.training.batch, workers, self.data.streams, self.training.engine.accumulation)
+        """The batch of each of ``workers``; raises `UserError` where it does not divide, or splits a group of images."""
+        training, parts = self.training, workers * self.training.engine.accumulation
+        share = per_worker_batch(training.batch, workers, self.data.streams, training.engine.accumulation)
+        check_packing("training.batch", training.batch, parts, training.objective.pack)
+        check_groups("training.batch", training.batch, parts, training)
+        return share
 
     @property
     def needs_meta(self) -> bool:

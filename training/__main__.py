@@ -10,6 +10,8 @@ from pathlib import Path
 from data_shards import UserError, open_set
 from data_shards.errors import Failure
 from training.config import parse_overrides
+from training.cost import cost_line
+from training.events import read_events
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(failure, file=sys.stderr)
         return 1
     if world.rank == 0:
+        print(cost_line(read_events(run / "pretrain" / "events.jsonl"), recipe.training.batch))
         print(f"checkpoint: {checkpoint}")
     return 0
 

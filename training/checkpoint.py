@@ -128,10 +128,14 @@ def step_folder(parent: Path, images: int) -> Path:
     return parent / f"step-{images:012d}"
 
 
-def prune(parent: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what a killed writer left."""
-    for folder in sorted(parent.glob("step-*"), reverse=True)[keep:]:
-        shutil.rmtree(folder)
+def prune(parent: Path, keep: int, safe: int | None = None) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what a killed writer left; the newest of at most ``safe`` images
+    stays as well."""
+    folders = sorted(parent.glob("step-*"), reverse=True)
+    refuge = next((folder for folder in folders if safe is not None and folder <= step_folder(parent, safe)), None)
+    for folder in folders[keep:]:
+        if folder != refuge:
+            shutil.rmtree(folder)
     for partial in parent.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 

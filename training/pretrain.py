@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,31 @@ import torch
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
-from training.augment import read_strength
+from data_shards.parts import chosen_ids
+from training.augment import NO_AUGMENTATION, read_strength
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
+from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
 from training.draws import latents
 from training.ema import make_average, whole_average
 from training.engines import make_engine, whole_weights
-from training.events import append_event, cut_events
+from training.events import append_event, cut_events, read_events
 from training.families import FAMILIES, Phase
+from training.health import RollBack, act, make_watch, observe, safe_images
 from training.loop import Plan, State, train
 from training.networks import load_weights, make_networks
 from training.objectives.packing import check_packing
 from training.pictures import generate, save_grid
-from training.recipe import TrainingConfig, TrainingRecipe, per_worker_batch
-from training.source import source_id, source_parts
+from training.recipe import TrainingConfig, TrainingRecipe, check_groups, per_worker_batch
+from training.rollback import roll_back, scale_after
+from training.schedule import value_at
+from training.source import source_id, source_parts, watched_ids
 from training.stopping import stop_requests
+from training.vitals import look, what_to_look_at
 from training.wandb_log import open_run
-from training.world import World
+from training.world import World, from_lead
+
+logger = logging.getLogger("graft")
 
 Progress = Callable[[int, dict[str, float]], None]
 
@@ -78,7 +87,33 @@ def _phases(config: TrainingConfig) -> list[Phase]:
                                    augmentation=config.augmentation)
 
 
+def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
+    """Raises `UserError` when conditional networks are not told the classes of one labelled source."""
+    told, there = recipe.training.generator.classes, len(source.manifest.classes)
+    if told and recipe.data.mix:
+        raise UserError(f"training.generator.classes = {told} needs the classes of one set, and data.mix names more; leave "
+                        "data.mix out, or set it to 0.")
+    if told and told != there:
+        raise UserError(f"training.generator.classes = {told}, and the source {source.path} has {there} classes; set it to "
+                        f"{there}, or to 0 for a generator that is told none.")
+
+
 def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
+             step: Callable[[int], None] | None = None) -> Path:
+    """`train_on`, and again from an earlier checkpoint where the recipe's health section wants a rollback.
+
+    Raises:
+        Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
+        Unhealthy: when an alarm ends the run, or no checkpoint is from before it.
+    """
+    while True:
+        try:
+            return train_on(recipe, source, run, world, progress, step)
+        except RollBack as reason:
+            roll_back(run / "pretrain", reason.alarm, recipe.training.health, world)
+
+
+def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
              step: Callable[[int], None] | None = None) -> Path:
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
@@ -87,12 +122,15 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
 
     Raises:
         Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
+        Unhealthy: when an alarm ends the run, or rolls it back.
     """
     config = recipe.training
     torch.set_num_threads(config.threads)
     parts = source_parts(recipe.data, source)
     local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
     check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
+    check_groups("training.batch", config.batch, world.size * config.engine.accumulation, config)
+    check_classes(recipe, source)
     folder = run / "pretrain"
     newest = latest_valid(folder)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
@@ -103,6 +141,11 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     if newest:
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
+    plan, phases = make_plan(recipe), _phases(config)
+    counted = _phases(config.model_copy(update={"augmentation": NO_AUGMENTATION}))  # it works element by element, mostly
+    blank = blank_batch(counted, source.manifest.image_shape, plan.latent_dim,
+                        {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch)
+    budget = Budget(known_flops(counted, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
                                  precision=config.precision, state=tensors.get(f"{name}_optimizer"))
@@ -117,22 +160,45 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     if lead:
         cut_events(events, state.images)
         save_grid(next(batches(source, batch=32, seed=recipe.seed, streams=1)).images, folder / "reals.png")
+    watch = make_watch(config.health, from_lead(read_events(events) if lead else [], world))
+    state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
+    looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
+                             latent_dim=plan.latent_dim, packed=config.objective.pack) if config.health.every_images else None
     wandb_run = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="pretrain", run_id=f"pretrain-{identity}",
                          name="pretrain", settings=recipe.model_dump(mode="json")) if lead else None
 
     def where(images: int) -> dict[str, int]:
         """Of a single set, pass and samples; a mixture's parts each have passes of their own, that follow from the clock."""
-        return position(images, source.manifest.splits["train"]) if len(parts) == 1 else {"images": images}
+        return position(images, len(chosen_ids(parts[0]))) if len(parts) == 1 else {"images": images}
+
+    reported = state.images
 
     def report(state: State, metrics: dict[str, float]) -> None:
+        nonlocal reported
+        if looked and state.images // config.health.every_images > reported // config.health.every_images:
+            with clock.timed("health"):
+                metrics |= look(looked, state.networks, world, local_batch // plan.accumulation, config.precision)
+        metrics |= cost_metrics(clock, budget, state.images - reported, world)
+        flags, news = observe(watch, state.images, metrics)
+        metrics |= flags
+        reported = state.images
         if lead:
+            for sentence in news:
+                logger.warning("%s", sentence)
             append_event(events, stage="pretrain", images=state.images, metrics=metrics)
             if wandb_run:
                 wandb_run.log(metrics, state.images)
+                for sentence in news:
+                    wandb_run.alert("graft health", sentence)
             if progress:
                 progress(state.images, metrics)
+        act(watch)
 
     def snapshot(state: State) -> None:
+        with clock.timed("checkpoint"):
+            write(state)
+
+    def write(state: State) -> None:
         weights = {name: whole_weights(engine, to=0) for name, engine in state.engines.items()}
         weights |= {f"{name}_ema": whole_average(average, state.engines[name], to=0)
                     for name, average in state.averages.items()}
@@ -146,7 +212,7 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
             "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
             "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
-        prune(folder, config.keep_checkpoints)
+        prune(folder, config.keep_checkpoints, safe_images(watch.events, config.health))
         z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
         pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
         load_weights(pictured, weights["generator_ema"], what="the generator's average")
@@ -158,8 +224,9 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
                    pin_memory=torch.cuda.is_available())
     try:
-        with stop_requests(folder) as stop:
-            train(state, _phases(config), _noted(feed, state, step), make_plan(recipe), world=world, report=report,
+        clock = Clock()
+        with stop_requests(folder) as stop, timed_collectives(clock):
+            train(state, phases, _noted(clock.each("data", feed), state, step), plan, world=world, report=report,
                   snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():

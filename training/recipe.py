@@ -18,6 +18,7 @@ from data_shards.stores.places import parse_place
 from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, operational
 from training.engines import EngineConfig
+from training.health import HealthConfig
 from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import OBJECTIVES, ObjectiveConfig
@@ -37,6 +38,8 @@ class DataConfig(Config):
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
                                "then classes that are not named not at all")
+    held_back: int = Field(256, ge=0, description="images of a source without a reference split that pretraining leaves out, "
+                                                  "at most 1 in 20 of it, to watch the discriminator's overfitting on")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
@@ -77,6 +80,7 @@ class TrainingConfig(Config):
     report_every_images: int = operational(4096, "images between two lines of the metrics log", ge=1)
     snapshot_every_images: int = operational(32768, "images between two checkpoints", ge=1)
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
+    health: HealthConfig = HealthConfig()
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
 
@@ -100,6 +104,12 @@ class TrainingConfig(Config):
         if engine.checkpoint_activations and engine.stage("discriminator") == 3 and penalised:
             raise ValueError("engine.checkpoint_activations does not go with penalties at ZeRO 3, whose finite differences "
                              "hold rectifiers in the forward pass only; use zero {generator: 3, discriminator: 2}")
+        if engine.stage("discriminator") == 3 and penalised and self.discriminator.minibatch_std:
+            raise ValueError("discriminator.minibatch_std does not go with penalties at ZeRO 3, whose finite differences need "
+                             "a logit that depends on one image; use zero {generator: 3, discriminator: 2}")
+        if engine.checkpoint_activations and self.discriminator.spectral_norm:
+            raise ValueError("engine.checkpoint_activations does not go with discriminator.spectral_norm, whose weights change "
+                             "with each forward pass; leave one of the two")
         if self.precision == "bf16_weights":
             if engine.kind != "deepspeed" or min(engine.stage(name) for name in names) < 2:
                 raise ValueError("precision bf16_weights needs engine.kind deepspeed and zero 2 or 3, which keep fp32 masters "
@@ -126,6 +136,7 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _objective_fits(self) -> TrainingConfig:
         check_packing("training.batch", self.batch, self.engine.accumulation, self.objective.pack)
+        check_groups("training.batch", self.batch, self.engine.accumulation, self)
         check_adaptive("training.augmentation", self.augmentation, self.objective)
         return self
 
@@ -190,8 +201,22 @@ class TrainingRecipe(Config):
                             f"{self.adaptation.batch}; raise it.")
         check_packing("adaptation.batch", self.adaptation.batch, 1, self.training.objective.pack)
         check_packing("meta.inner_batch", self.meta.inner_batch, 1, self.training.objective.pack)
+        check_groups("adaptation.batch", self.adaptation.batch, 1, self.training)
+        check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         return self
+
+
+def check_groups(key: str, batch: int, parts: int, training: TrainingConfig) -> None:
+    """Refuse a global ``batch``, each of whose ``parts`` (ranks x micro-batches) is not of whole groups of minibatch deviation.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    group = training.discriminator.minibatch_std * training.objective.pack
+    if group and batch % (group * parts):
+        raise UserError(f"{key} = {batch} does not fall into groups of {group} images (training.discriminator.minibatch_std, "
+                        f"times the pack) in each of its {parts} parts; use a multiple of {group * parts}.")
 
 
 def check_adaptive(key: str, augmentation: AugmentConfig, objective: ObjectiveConfig) -> None:

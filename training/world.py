@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, floa
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return dict(zip(names, (total / world.size).tolist(), strict=True))
+
+
+def from_lead(value: Shared, world: World) -> Shared:
+    """Rank 0's value, on every rank. A collective."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
 
 
 def any_rank(value: bool, world: World) -> bool:

@@ -31,6 +31,11 @@ def test_world_sizes_divide_the_batch_and_the_streams(tmp_path: Path, workers: o
     assert all(batch % size == 0 and found.data.streams % size == 0 for size in sizes)
 
 
+def test_world_sizes_keep_groups_of_images_whole(tmp_path: Path) -> None:
+    assert recipe(tmp_path, {"min": 1, "max": 4}, batch=8, objective={"pack": 4}).world_sizes == [1, 2]
+    assert recipe(tmp_path, {"min": 1, "max": 4}, batch=8, engine={"kind": "torch", "accumulation": 4}).world_sizes == [1, 2]
+
+
 @pytest.mark.parametrize(("workers", "said"), [
     (3, "does not divide over 3 workers; use 6 or 9"), (0, "cluster.workers = 0 is refused"),
     ({"min": 5, "max": 7}, "none of 5-7 workers"), ({"min": 3, "max": 2}, "min = 3 is over max = 2; exchange them"),

@@ -109,7 +109,7 @@ def held(network: nn.Module, centre: Tensor, moved: Tensor) -> Tensor:
         centre, moved = block(centre), block(moved)
         slope = torch.where(centre > 0, 1.0, 0.2).detach()
         centre, moved = centre * slope, moved * slope
-    return network.head(moved.flatten(1)).squeeze(1)  # type: ignore[operator]
+    return network.head(moved.flatten(1))  # type: ignore[operator]
 
 
 def plain_torch(optimizer: str, *, clip: float = 0.0, difference: bool = False, fault: str = "") -> Weights:

@@ -36,14 +36,15 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
 
     def discriminator(networks: Networks, batch: Batch) -> Terms:
         with torch.no_grad():
-            fake = shown(networks["generator"](batch.latents["discriminator"]).float(), batch, "discriminator fake")
+            fake = _told(networks["generator"], batch.latents["discriminator"], batch.labels).float()
+            fake = shown(fake, batch, "discriminator fake")
             points = {"real": shown(batch.images, batch, "discriminator real"), "fake": fake}
         weights = {name: weight for name in PENALTIES if (weight := batch.weights.get(name, 0.0))}
         penalised = {PENALTIES[name].at for name in weights}
         if "between" in penalised:
             share = batch.uniforms["discriminator between"][:len(fake), 0].to(fake)
             points["between"] = between(points["real"], fake, share)
-        logits, norms = _judge(networks["discriminator"], points, penalised, exact=exact)
+        logits, norms = _judge(networks["discriminator"], points, batch.labels, penalised, exact=exact)
         loss = adversarial.discriminator(logits["real"], logits["fake"])
         terms = {"total": loss, "adversarial": loss.detach(),
                  "real_logit": logits["real"].detach().mean(), "fake_logit": logits["fake"].detach().mean()}
@@ -56,12 +57,13 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
         return terms
 
     def generator(networks: Networks, batch: Batch) -> Terms:
-        fake = shown(networks["generator"](batch.latents["generator"]).float(), batch, "generator fake")
-        fake_logits = networks["discriminator"](fake).float()
+        fake = _told(networks["generator"], batch.latents["generator"], batch.labels).float()
+        fake_logits = _told(networks["discriminator"], shown(fake, batch, "generator fake"), batch.labels).float()
         real_logits = torch.zeros_like(fake_logits)
         if adversarial.paired:
             with torch.no_grad():
-                real_logits = networks["discriminator"](shown(batch.images, batch, "generator real")).float()
+                real = shown(batch.images, batch, "generator real")
+                real_logits = _told(networks["discriminator"], real, batch.labels).float()
         loss = adversarial.generator(real_logits, fake_logits)
         return {"total": loss, "adversarial": loss.detach()}
 
@@ -69,11 +71,22 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
             Phase("generator", generator, uniforms={"real": draws, "fake": draws})]
 
 
-def _judge(network: nn.Module, points: dict[str, Tensor], penalised: AbstractSet[str], *,
+def _told(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """What a network makes of ``inputs``; a conditional one is told their classes."""
+    outputs: Tensor = network(inputs, labels) if _is_told(network) else network(inputs)
+    return outputs
+
+
+def _is_told(network: nn.Module) -> bool:
+    return bool(getattr(network, "classes", 0))
+
+
+def _judge(network: nn.Module, points: dict[str, Tensor], labels: Tensor, penalised: AbstractSet[str], *,
            exact: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits at all points, in float32, and squared gradient norms at those that are penalised.
 
     What is not penalised is judged apart, which spares it the second backward; by finite differences all is judged together.
+    Points judged together alternate, so that D's layers over several samples, which take those n / group apart, see one kind.
     """
     groups = [[point for point in points if point not in penalised], [point for point in points if point in penalised]]
     if penalised and not exact:
@@ -83,13 +96,14 @@ def _judge(network: nn.Module, points: dict[str, Tensor], penalised: AbstractSet
     for group, differentiated in zip(groups, (False, True), strict=True):
         if not group:
             continue
-        images = torch.cat([points[point] for point in group])
+        images = torch.stack([points[point] for point in group], 1).flatten(0, 1)
+        told = labels.repeat_interleave(len(group))
         if differentiated and not exact:
-            judged, squares = finite_difference_norms(network, images)
+            judged, squares = finite_difference_norms(network, images, told if _is_told(network) else None)
         else:
-            judged = network(images.requires_grad_(differentiated))
+            judged = _told(network, images.requires_grad_(differentiated), told)
             squares = squared_gradient_norms(judged, images) if differentiated else torch.empty(0)
-        logits |= dict(zip(group, judged.float().chunk(len(group)), strict=True))
+        logits |= dict(zip(group, judged.float().unflatten(0, (-1, len(group))).unbind(1), strict=True))
         if differentiated:
-            norms |= dict(zip(group, squares.chunk(len(group)), strict=True))
+            norms |= dict(zip(group, squares.unflatten(0, (-1, len(group))).unbind(1), strict=True))
     return logits, norms

@@ -65,23 +65,31 @@ def between(real: Tensor, fake: Tensor, share: Tensor) -> Tensor:
     return share * real + (1 - share) * fake
 
 
-def finite_difference_norms(discriminator: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def finite_difference_norms(discriminator: nn.Module, images: Tensor,
+                            labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """D(``images``) and the values of `squared_gradient_norms`, whose gradient needs no double backward.
 
     With g = grad_x D(x) held fixed and u = g / |g|, the gradient of |g|^2 with respect to the weights is that of
     2 |g| (D(x + h u) - D(x - h u)) / 2h. Rectifiers keep the side of their kink that they have at x, as they do in a double
     backward: otherwise each of the few that cross it within h adds 1/h, which drowns the rest. All passes are in float32.
 
+    Args:
+        labels: classes (N,) that a conditional discriminator is told.
+
     Returns:
         Logits and squared norms, both (N,).
     """
+    def judge(x: Tensor) -> Tensor:
+        logits: Tensor = discriminator(x) if labels is None else discriminator(x, labels.repeat(len(x) // len(labels)))
+        return logits
+
     with torch.autocast(images.device.type, enabled=False):
         weights = [p for p in discriminator.parameters() if p.requires_grad]
         inputs = images.detach().float().requires_grad_(True)
         for weight in weights:
             weight.requires_grad_(False)
         try:
-            (gradient,) = torch.autograd.grad(discriminator(inputs).sum(), inputs)
+            (gradient,) = torch.autograd.grad(judge(inputs).sum(), inputs)
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
@@ -89,7 +97,7 @@ def finite_difference_norms(discriminator: nn.Module, images: Tensor) -> tuple[T
         shift = gradient * (STEP / norms.clamp_min(1e-30)).view(-1, *[1] * (gradient.dim() - 1))
         inputs = inputs.detach()
         with _HeldKinks(parts=3):
-            logits, above, below = discriminator(torch.cat([inputs, inputs + shift, inputs - shift])).chunk(3)
+            logits, above, below = judge(torch.cat([inputs, inputs + shift, inputs - shift])).chunk(3)
     slope = (above - below) / (2 * STEP)
     # The value is exact; the difference gives the gradient only.
     return logits, norms.square() + 2 * norms * (slope - slope.detach())
