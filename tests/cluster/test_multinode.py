@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.cluster.nodes import Node, Nodes, cluster_nodes, train_workers
-from tests.cluster.test_faults import INTERVAL, Driver, write_recipe
+from tests.cluster.test_faults import BATCH, INTERVAL, Driver, write_recipe
 from tests.cluster.test_run import family
 
 pytestmark = [
@@ -133,7 +133,7 @@ def test_two_hosts_train_together(place: Place) -> None:
 def test_a_host_whose_cable_is_cut_is_left_and_taken_back(place: Place) -> None:
     wasted, seconds = place.driver.after(lambda: ip("-n", name(HOSTS[1]), "link", "set", "eth0", "down"), workers=1)
     print("cable cut: wasted", wasted, "steps,", round(seconds), "s")
-    assert wasted <= INTERVAL
+    assert wasted <= INTERVAL // BATCH
     place.far.lose()
     ip("-n", name(HOSTS[1]), "link", "set", "eth0", "up")
     wasted, seconds = place.driver.after(
