@@ -15,10 +15,10 @@ PYTHON := $(shell for p in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench scale science chaos docs
+.PHONY: help setup run test lint bench scale science chaos multinode docs
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP)  ## make .venv and install graft with the exact versions of constraints.txt
 
@@ -56,6 +56,9 @@ science: $(STAMP)  ## published results reproduced in their long form: mixtures 
 
 chaos: $(STAMP)  ## kill a small run in pretraining and in the fan-out, and compare it with one that was not killed
 	$(BIN)/python -m pytest tests/cluster/test_run.py
+
+multinode: $(STAMP)  ## faults on clusters of several nodes, network namespaces as hosts where this is root; minutes
+	GRAFT_MULTINODE=1 $(BIN)/python -m pytest -m multinode
 
 docs: $(STAMP)  ## write docs/recipes.md, the reference of every recipe key
 	$(BIN)/graft recipes schema --markdown > docs/recipes.md.new

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from data_shards.errors import UserError
 from training.config import Config, operational
-from training.recipe import TrainingRecipe, per_worker_batch
+from training.objectives.packing import check_packing
+from training.recipe import TrainingRecipe, check_groups, per_worker_batch
 from tune_spaces.config import FanoutConfig
 
 
+class WorkerRange(Config):
+    """As many workers as the cluster has room for."""
+
+    min: int = operational(1, "with fewer the pretraining waits", ge=1)
+    max: int = operational(4, "workers at most", ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min} is over max = {self.max}; exchange them")
+        return self
+
+
 class ClusterConfig(Config):
-    workers: int = operational(2, "Ray Train workers of the pretraining; they must divide the batch and the streams", ge=1)
+    workers: Annotated[
+        Annotated[int, Field(ge=1), Tag("Number")] | Annotated[WorkerRange, Tag("Range")],
+        Discriminator(lambda value: "Range" if isinstance(value, dict | WorkerRange) else "Number"),
+    ] = operational(
+        2, "Ray Train workers of the pretraining, which must divide the batch and the streams; {min: 1, max: 4} takes as many "
+           "as the cluster has room for, and follows nodes that join and leave")
     cpus_per_worker: float = operational(1.0, "CPUs that each worker reserves", gt=0)
     gpus_per_worker: float = operational(0.0, "GPUs that each worker reserves", ge=0)
     cpus_per_trial: float = operational(1.0, "CPUs that each trial and each meta-training task reserves", gt=0)
     gpus_per_trial: float = operational(0.0, "GPUs likewise; 0.25 lets four share one", ge=0)
     max_failures: int = operational(3, "times the pretraining starts again after losing a worker", ge=0)
+    hang_seconds: float = operational(
+        300.0, "seconds without a step after which a worker is taken for hung, is killed, and training starts again; longer "
+               "than a checkpoint takes to write", gt=0)
+    start_seconds: float = operational(
+        300.0, "seconds to wait for the workers' resources, and for a worker's first step (hang_seconds, if longer)", gt=0)
+
+    @property
+    def worker_bounds(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else (self.workers.min, self.workers.max)
 
     @property
     def worker_resources(self) -> dict[str, float]:
@@ -40,7 +70,12 @@ class Recipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _workers_divide(self) -> Any:
-        per_worker_batch(self.training.batch, self.cluster.workers, self.data.streams, self.training.engine.accumulation)
+        low, high = self.cluster.worker_bounds
+        if not self.world_sizes:
+            if low == high:
+                self._share(low)
+            raise UserError(f"none of {low}-{high} workers (cluster.workers) divides both training.batch = "
+                            f"{self.training.batch} and data.streams = {self.data.streams}; widen the range.")
         return self
 
     @model_validator(mode="after")
@@ -49,6 +84,27 @@ class Recipe(TrainingRecipe):
             raise ValueError(f"training.generator.classes = {self.training.generator.classes} makes a source that is told its "
                              "classes, and target domains have others; leave fanout.targets out, or set it to 0")
         return self
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """The numbers of workers within `cluster.workers` that divide the global batch and the streams, ascending."""
+        low, high = self.cluster.worker_bounds
+        return [size for size in range(low, high + 1) if self._divides(size)]
+
+    def _divides(self, workers: int) -> bool:
+        try:
+            self._share(workers)
+        except UserError:
+            return False
+        return True
+
+    def _share(self, workers: int) -> int:
+        """The batch of each of ``workers``; raises `UserError` where it does not divide, or splits a group of images."""
+        training, parts = self.training, workers * self.training.engine.accumulation
+        share = per_worker_batch(training.batch, workers, self.data.streams, training.engine.accumulation)
+        check_packing("training.batch", training.batch, parts, training.objective.pack)
+        check_groups("training.batch", training.batch, parts, training)
+        return share
 
     @property
     def needs_meta(self) -> bool:

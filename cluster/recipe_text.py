@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from training.config import Config, describe
+from training.config import Config, describe, sections_of
 
 
 def as_yaml(recipe: Config) -> str:
@@ -56,6 +56,8 @@ def _keys(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, boo
         value = field.get_default(call_default_factory=True, validated_data={})
         default = "required" if value is PydanticUndefined else f"`{_flow(_plain(value))}`"
         yield prefix + name, default, not operational, " ".join((field.description or "").split())
+        for section in sections_of(nested):
+            yield from _keys(section, f"{prefix}{name}.")
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,6 @@ from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
-from training.recipe import per_worker_batch
 from training.source import set_place, source_parts, source_sets
 from training.target import load_target
 from training.world import device, has_bf16
@@ -85,12 +84,18 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
 def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     """What follows from the recipe, each with its formula, one line each."""
     training, fanout, cluster = recipe.training, recipe.fanout, recipe.cluster
-    each = per_worker_batch(training.batch, cluster.workers, recipe.data.streams)
+    shares = " or ".join(f"{size} x {training.batch // size}" for size in recipe.world_sizes)
     precision = training.precision if training.precision != "auto" else f"auto ({'bf16' if has_bf16() else 'fp32'} here)"
     yield f"run {recipe.name} -> {out}"
     yield (f"  pretrain  {training.images} images / batch {training.batch} = {-(-training.images // training.batch)} steps; "
-           f"{cluster.workers} workers x {each} images; {training.engine.kind}"
+           f"workers x images: {shares}; {training.engine.kind}"
            + (f" ZeRO {training.engine.zero}" if training.engine.kind == "deepspeed" else "") + f"; {precision}")
+    low, high = cluster.worker_bounds
+    sizes = recipe.world_sizes
+    if skipped := [size for size in range(low, high + 1) if size not in sizes]:
+        yield (f"  elastic   of {low}-{high} workers, {_listed(sizes)} divide{'s' if len(sizes) == 1 else ''} the batch of "
+               f"{training.batch} and the {recipe.data.streams} streams; {_listed(skipped)} "
+               f"{'is' if len(skipped) == 1 else 'are'} skipped")
     if recipe.needs_meta:
         meta = recipe.meta
         yield (f"  meta      {meta.steps} steps x {meta.tasks} tasks x {meta.inner_steps} inner steps x {meta.inner_batch} = "
@@ -157,7 +162,7 @@ def _pretrain(recipe: Recipe, source: ShardSet, out: Path, done: Path | None, st
         console.print(f"pretrain  already done: {done}")
         return
     start_ray()
-    preflight({"pretraining": [recipe.cluster.worker_resources] * recipe.cluster.workers})
+    preflight({"pretraining": [recipe.cluster.worker_resources] * recipe.world_sizes[0]})
     with _timed(out, "pretrain"):
         pretrain_on_ray(recipe, source, out)
 
@@ -292,6 +297,10 @@ def _once(start: Callable[[], Any]) -> Callable[[], None]:
 def _cpus() -> int:
     """CPUs of this machine that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _every(count: int, call: Callable[..., None]) -> Callable[..., None]:

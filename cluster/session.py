@@ -246,6 +246,16 @@ def check_reachable(address: str, what: str, remedy: str, default_port: int = 63
         raise UserError(f"there is {what} at {address} ({_first_line(error)}); {remedy}.") from error
 
 
+def listens(address: str) -> bool:
+    """Whether something takes connections at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def token_mode() -> dict[str, str | None]:
     """The change of the environment that uses a token which the user has named."""
     named = any(os.environ.get(source) for source in TOKEN_SOURCES)

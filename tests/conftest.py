@@ -29,3 +29,10 @@ def find_free_port() -> int:
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("GRAFT_MULTINODE"):
+        for item in items:
+            if item.get_closest_marker("multinode"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; make multinode runs it"))

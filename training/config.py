@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -134,7 +135,9 @@ def _origin(dotted: str, where: str, overrides: Iterable[str]) -> str:
 
 
 def _location(error: Any) -> list[str]:
-    return [str(part) for part in error["loc"] if part not in ("float", "int") and not str(part).startswith("list[")]
+    """The keys to the value, without what pydantic adds for the kinds of value that a field may have (tags are capitalised)."""
+    return [part for part in map(str, error["loc"])
+            if part not in ("float", "int") and not part.startswith("list[") and not part[:1].isupper()]
 
 
 def _explain(model: type[Config], error: Any) -> str:
@@ -158,9 +161,15 @@ def field_paths(model: type[Config], prefix: str = "") -> Iterator[str]:
     """Every dotted key of ``model``, sections before their fields."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        nested = field.annotation
-        if isinstance(nested, type) and issubclass(nested, Config):
-            yield from field_paths(nested, f"{prefix}{name}.")
+        for section in sections_of(field.annotation):
+            yield from field_paths(section, f"{prefix}{name}.")
+
+
+def sections_of(annotation: Any) -> list[type[Config]]:
+    """The sections that a field may hold: itself one, or one of Annotated[A, ...] | Annotated[B, ...]."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    plain = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    return [kind for kind in plain if isinstance(kind, type) and issubclass(kind, Config)]
 
 
 def describe(config: Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

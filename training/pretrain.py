@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
                         f"{there}, or to 0 for a generator that is told none.")
 
 
-def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
+def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
+             step: Callable[[int], None] | None = None) -> Path:
     """`train_on`, and again from an earlier checkpoint where the recipe's health section wants a rollback.
 
     Raises:
@@ -107,15 +108,17 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     """
     while True:
         try:
-            return train_on(recipe, source, run, world, progress)
+            return train_on(recipe, source, run, world, progress, step)
         except RollBack as reason:
             roll_back(run / "pretrain", reason.alarm, recipe.training.health, world)
 
 
-def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
+def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
+             step: Callable[[int], None] | None = None) -> Path:
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
-    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0.
+    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0; ``step`` gets the
+    images seen before each step, on every rank.
 
     Raises:
         Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
@@ -223,10 +226,18 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     try:
         clock = Clock()
         with stop_requests(folder) as stop, timed_collectives(clock):
-            train(state, phases, clock.each("data", feed), plan, world=world, report=report, snapshot=snapshot, stop=stop)
+            train(state, phases, _noted(clock.each("data", feed), state, step), plan, world=world, report=report,
+                  snapshot=snapshot, stop=stop)
     finally:
         for engine in state.engines.values():
             engine.close()
         if wandb_run:
             wandb_run.finish()
     return step_folder(folder, state.images)
+
+
+def _noted(feed: Iterator[Any], state: State, step: Callable[[int], None] | None) -> Iterator[Any]:
+    for batch in feed:
+        if step:
+            step(state.images)
+        yield batch

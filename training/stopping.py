@@ -12,6 +12,7 @@ from types import FrameType
 from data_shards.errors import Failure
 
 STOP_FILE = ".stop"
+RESIZE_FILE = ".resize"  # the same, from who wants to go on with another number of ranks
 CHECK_EVERY_STEPS = 4  # the ranks must agree, which costs a small message
 
 StopAsked = Callable[[], bool]
@@ -28,7 +29,7 @@ class Stopped(Failure):
 @contextmanager
 def stop_requests(folder: Path) -> Iterator[StopAsked]:
     """Whether, since the block began, this process got SIGTERM (only in a main thread can it be caught) or somebody made
-    the file `STOP_FILE` in ``folder``."""
+    the file `STOP_FILE` or `RESIZE_FILE` in ``folder``."""
     asked = threading.Event()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
@@ -37,7 +38,7 @@ def stop_requests(folder: Path) -> Iterator[StopAsked]:
     catches = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, note) if catches else None
     try:
-        yield lambda: asked.is_set() or (folder / STOP_FILE).exists()
+        yield lambda: asked.is_set() or (folder / STOP_FILE).exists() or (folder / RESIZE_FILE).exists()
     finally:
         if catches:
             signal.signal(signal.SIGTERM, before)
