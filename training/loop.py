@@ -44,7 +44,7 @@ class State:
     engines: dict[str, Engine]
     averages: dict[str, nn.Module]
     images: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)  # metrics since the last report
+    sums: dict[str, Tensor | float] = field(default_factory=dict)  # metrics since the last report
     steps: int = 0  # likewise
     waited_s: float = 0.0  # likewise, for data
     clock: float = field(default_factory=time.monotonic)
@@ -63,13 +63,15 @@ Snapshot = Callable[[State], None]
 
 
 def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan: Plan, *, world: World | None = None,
-          report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None) -> State:
+          report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None,
+          between: Callable[[], None] | None = None) -> State:
     """Train until ``plan.until`` images have been seen.
 
     Args:
         batches: this rank's share of each global batch, uint8 NCHW, from the position ``state.images`` on.
         report: called with the means of all terms over the ranks since the last call, and images/s.
         snapshot: called after a report of finite values.
+        between: called before each step, when all ranks are at the same place.
         stop: whether this rank was asked to stop; if any was, all do, within `CHECK_EVERY_STEPS` steps and after a snapshot.
 
     Raises:
@@ -94,6 +96,8 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan
                 _check_finite(state)
                 snapshot(state)
             raise Stopped(state.images)
+        if between:
+            between()
 
         started = time.monotonic()
         images = to_signed(next(batches))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,23 @@ from torch import Tensor
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
-from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
+from training.checkpoint import images_of, latest_valid, load_checkpoint, read_state, step_folder
 from training.config import content_id, result_fields
 from training.draws import latents
 from training.ema import make_average
 from training.engines import make_engine
 from training.events import append_event, cut_events
 from training.families import FAMILIES
-from training.loop import Plan, State, train
+from training.folders import Folder, FolderT, base_name, inside, write_file
+from training.loop import NonFinite, Plan, State, train
 from training.networks import load_weights, make_networks
-from training.pictures import generate, save_grid
+from training.pictures import generate, grid_png
 from training.recipe import TrainingRecipe, per_worker_batch
+from training.snapshots import Snapshots, check_metric, checkpoint_parts, report_begun, unreported
 from training.source import source_id, source_parts
-from training.stopping import stop_requests
+from training.stopping import Stopped, stop_requests
 from training.wandb_log import open_run
-from training.world import World
+from training.world import World, from_rank_0
 
 Progress = Callable[[int, dict[str, float]], None]
 
@@ -38,7 +43,7 @@ def pretrain_id(recipe: TrainingRecipe, source: ShardSet) -> str:
     return content_id(recipe.seed, fields, result_fields(recipe.data), source_id(recipe.data, source))
 
 
-def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path) -> Path | None:
+def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: FolderT) -> FolderT | None:
     """The checkpoint of a pretraining that has seen all its images, else None.
 
     Raises:
@@ -47,7 +52,7 @@ def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path)
     newest = latest_valid(folder)
     if newest is None:
         return None
-    _, state = load_checkpoint(newest, ("generator_ema",))
+    state = read_state(newest)
     check_same_pretraining(state, recipe, source, folder)
     whole = -(-recipe.training.images // recipe.training.batch) * recipe.training.batch
     if state["images"] > whole:
@@ -56,9 +61,20 @@ def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path)
     return newest if state["images"] >= recipe.training.images else None
 
 
-def check_same_pretraining(state: dict[str, Any], recipe: TrainingRecipe, source: ShardSet, folder: Path) -> None:
+def check_same_pretraining(state: dict[str, Any], recipe: TrainingRecipe, source: ShardSet, folder: Folder) -> None:
     if state["pretrain_id"] != pretrain_id(recipe, source):
         raise UserError(f"{folder} holds a pretraining by other settings or on other data; give another --out or remove it.")
+
+
+def newest_checkpoint(folder: FolderT, world: World) -> FolderT | None:
+    """The newest whole checkpoint; rank 0 looks, lest ranks find different ones while a killed run's writer still ends."""
+
+    def look() -> int | None:
+        newest = latest_valid(folder)
+        return images_of(newest) if newest else None
+
+    images = from_rank_0(look, world)
+    return None if images is None else step_folder(folder, images)
 
 
 def make_plan(recipe: TrainingRecipe) -> Plan:
@@ -70,20 +86,21 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
 
 
-def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None) -> Path:
+def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: World, progress: Progress | None = None) -> FolderT:
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
-    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0.
+    Every rank calls it. Progress gets images seen and the metrics of each report on rank 0.
 
     Raises:
         Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
+        NotWritten: when a checkpoint could not be written.
     """
     config = recipe.training
     torch.set_num_threads(config.threads)
     parts = source_parts(recipe.data, source)
     local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
-    folder = run / "pretrain"
-    newest = latest_valid(folder)
+    folder = inside(run, "pretrain")
+    newest = newest_checkpoint(folder, world)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
     if newest:
         check_same_pretraining(saved, recipe, source, folder)
@@ -97,45 +114,62 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     state = State(
         engines={name: make_engine(network, optimizers[name], config.engine, world, batch=local_batch,
                                    state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()},
-        averages={"generator": average}, images=int(saved["images"]))
+        averages={"generator": average}, images=int(saved["images"]), **report_begun(saved, world))
 
     lead = world.rank == 0
     identity = pretrain_id(recipe, source)
-    events = folder / "events.jsonl"
+    events = inside(folder, "events.jsonl")
+    snapshots = Snapshots(folder, world, resumed=state.images, keep=config.keep_checkpoints, best=config.keep_best,
+                          better=config.keep_best_is)
+    newest_metrics: dict[str, float] = saved.get("metrics") or {}
     if lead:
         cut_events(events, state.images)
-        save_grid(next(batches(source, batch=32, seed=recipe.seed, streams=1)).images, folder / "reals.png")
-    wandb_run = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="pretrain", run_id=f"pretrain-{identity}",
-                         name="pretrain", settings=recipe.model_dump(mode="json")) if lead else None
+        reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
+        write_file(folder, "reals.png", grid_png(reals))
+    # W&B's own files need a folder of this machine.
+    wandb_folder = run if isinstance(run, Path) else Path("runs", base_name(run)).resolve()
+    wandb_run = open_run(recipe.wandb, folder=wandb_folder, group=recipe.name, job_type="pretrain",
+                         run_id=f"pretrain-{identity}", name="pretrain",
+                         settings=recipe.model_dump(mode="json")) if lead else None
 
     def where(images: int) -> dict[str, int]:
         """Of a single set, pass and samples; a mixture's parts each have passes of their own, that follow from the clock."""
         return position(images, source.manifest.splits["train"]) if len(parts) == 1 else {"images": images}
 
     def report(state: State, metrics: dict[str, float]) -> None:
+        check_metric(config.keep_best, metrics)
+        newest_metrics.clear()
+        newest_metrics.update(metrics)
         if lead:
-            append_event(events, stage="pretrain", images=state.images, metrics=metrics)
+            write = partial(append_event, events, stage="pretrain", images=state.images, metrics=metrics, seconds=time.time())
+            if isinstance(events, Path):
+                write()
+            else:
+                snapshots.later(write)  # a store may take its time
             if wandb_run:
                 wandb_run.log(metrics, state.images)
             if progress:
                 progress(state.images, metrics)
 
     def snapshot(state: State) -> None:
-        states = {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
-        if not lead:
-            return
-        weights = {name: network.state_dict() for name, network in {**state.networks, "generator_ema": average}.items()}
-        save_checkpoint(step_folder(folder, state.images), weights | states, {
-            "images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
-            "image_shape": list(source.manifest.image_shape),
-            "data_position": where(state.images),
-            "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
-            "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
-        prune(folder, config.keep_checkpoints)
-        z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
-        save_grid(generate(average, z), folder / "samples.png")
-        if wandb_run:
-            wandb_run.log_image("samples", folder / "samples.png")
+        samples = None
+        if lead:
+            z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
+            samples = grid_png(generate(average, z))
+        snapshots.save(
+            state.images, checkpoint_parts(state, world),
+            {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
+             "image_shape": list(source.manifest.image_shape),
+             "data_position": where(state.images),
+             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
+             "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}",
+             "metrics": dict(newest_metrics), "unreported": unreported(state, world)},
+            {"samples.png": samples} if samples else {})
+        if wandb_run and samples:
+            with tempfile.NamedTemporaryFile(suffix=".png") as file:
+                file.write(samples)
+                file.flush()
+                wandb_run.log_image("samples", Path(file.name))
 
     feed = batches(parts, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
@@ -143,8 +177,13 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     try:
         with stop_requests(folder) as stop:
             train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
-                  report=report, snapshot=snapshot, stop=stop)
+                  report=report, snapshot=snapshot, stop=stop, between=snapshots.settle)
+        snapshots.wait()
+    except (Stopped, NonFinite):  # on all ranks alike
+        snapshots.wait()
+        raise
     finally:
+        snapshots.close()
         for engine in state.engines.values():
             engine.close()
         if wandb_run:

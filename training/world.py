@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data_shards.errors import Failure, UserError
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,45 @@ def any_rank(value: bool, world: World) -> bool:
     flag = torch.tensor([float(value)], device=device())
     dist.all_reduce(flag)
     return bool(flag.item())
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """The JSON-ready values of all ranks, by rank. A collective."""
+    if world.size == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device()))
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device())
+    padded[:len(data)] = data
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+
+def from_rank_0(action: Callable[[], Any], world: World) -> Any:
+    """What ``action`` returns on rank 0, JSON-ready, on every rank; its `UserError` or `Failure` likewise. A collective."""
+    said: dict[str, Any] = {}
+    if world.rank == 0:
+        try:
+            said = {"value": action()}
+        except (UserError, Failure) as error:
+            if world.size == 1:
+                raise
+            said = {"error": str(error), "user": isinstance(error, UserError)}
+    found = gather_json(said, world)[0]
+    if "error" in found:
+        raise (UserError if found["user"] else Failure)(found["error"])
+    return found["value"]
+
+
+def largest_over_ranks(value: int, world: World) -> int:
+    """The largest of the ranks' values. A collective."""
+    if world.size == 1:
+        return value
+    found = torch.tensor([value], device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def device() -> torch.device:
