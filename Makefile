@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 MARKERS ?=
-BENCH ?= $(filter-out __init__ scale,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCH ?= $(filter-out __init__ scale chaos,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.graft-installed
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -51,7 +51,8 @@ bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make benc
 scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
 	$(BIN)/python -m benchmarks.scale
 
-chaos: $(STAMP)  ## kill a small run in pretraining and in the fan-out, and compare it with one that was not killed
+chaos: $(STAMP)  ## kill a pretraining a hundred times, and a whole run twice, and compare with runs that were not killed
+	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m pytest tests/cluster/test_run.py
 
 docs: $(STAMP)  ## write docs/recipes.md, the reference of every recipe key

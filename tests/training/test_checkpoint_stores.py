@@ -7,13 +7,14 @@ import logging
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from data_shards import UserError
-from data_shards.stores import base, objects, open_store, retries
+from data_shards.stores import objects, open_store, retries
 from tests.data_shards.servers import RefusingProxy
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_set
@@ -34,6 +35,12 @@ from training.pretrain import finished_pretraining, pretrain
 from training.world import World
 
 WEIGHTS = {"generator": {"w": torch.arange(6.0).reshape(2, 3)}, "generator_ema": {"w": torch.ones(2)}}
+
+
+def use_clock(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    """Waits between tries move this clock on and take no time."""
+    monkeypatch.setattr(retries, "time", SimpleNamespace(
+        monotonic=lambda: clock[0], sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds)))
 
 
 def save(parent: str, images: int) -> str:
@@ -125,8 +132,7 @@ def test_a_store_that_refuses_for_a_minute_is_ridden_out(
     bucket, proxy = refusing_s3
     clock = [1000.0]
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 1.0)
-    monkeypatch.setattr(retries.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    use_clock(monkeypatch, clock)
     began = clock[0]
     proxy.refuses = lambda method, path: method == "PUT" and clock[0] - began < 60
     folder = save(f"{bucket}/run", 64)
@@ -201,12 +207,11 @@ def test_which_addresses_may_be_a_run(tmp_path: Path) -> None:
 
 def test_patience_outlasts_the_usual_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(retries.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    use_clock(monkeypatch, clock)
 
     def refuse() -> Any:
         raise ConnectionError
 
     with pytest.raises(UserError, match=r"x in \d+ tries"):
-        base.retried(refuse, "x", "y", 150.0)
+        retries.retried(refuse, "x", "y", 150.0)
     assert 150 <= clock[0] < 150 + 2 * 16
