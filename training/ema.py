@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor
+
+from training.engines import Engine, whole_weights
+
+Average = list[Tensor]
+"""The average of this rank's share of the float32 weights (`Engine.masters`), so that it costs what sharding leaves of them."""
 
 
-def make_average(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` that no gradient reaches."""
-    return copy.deepcopy(module).requires_grad_(False)
+def make_average(engine: Engine, weights: Mapping[str, Tensor] | None = None) -> Average:
+    """An average that begins at the network's weights, or at those of a checkpoint."""
+    return engine.share(weights) if weights else [master.detach().clone() for master in engine.masters()]
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, *, batch: int, halflife_images: float) -> None:
-    """One step: average <- average + (1 - 0.5^(batch / half-life)) (module - average); a half-life of 0 copies."""
+def update_average(average: Average, engine: Engine, *, batch: int, halflife_images: float) -> None:
+    """One step: average <- average + (1 - 0.5^(batch / half-life)) (weights - average); a half-life of 0 copies."""
     weight = 1.0 - 0.5 ** (batch / halflife_images) if halflife_images > 0 else 1.0
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), weight)
+    torch._foreach_lerp_(average, [master.detach() for master in engine.masters()], weight)
+
+
+def whole_average(average: Average, engine: Engine, to: int | None = None) -> dict[str, Tensor]:
+    """The averaged network's state dict, whole, on the CPU, on rank ``to`` or on all. A collective.
+
+    Buffers, and weights that are not trained, are the network's own."""
+    found = whole_weights(engine, to)
+    return found | engine.gather(average, to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from data_shards import Batch as Images
 from data_shards.errors import Failure
 from training.draws import latents
-from training.ema import update_average
+from training.ema import Average, update_average
 from training.engines import Engine
-from training.families import Batch, Phase
+from training.families import Batch, Phase, Terms
 from training.schedule import Schedule, value_at
 from training.stopping import CHECK_EVERY_STEPS, StopAsked, Stopped
 from training.world import World, any_rank, device, has_bf16, mean_over_ranks
@@ -32,9 +34,21 @@ class Plan:
     lr: Mapping[str, Schedule]  # by network
     weights: Mapping[str, Schedule]  # by penalty
     ema_halflife_images: Schedule
+    every: Mapping[str, int] = field(default_factory=dict)  # by network: steps of training between two of its own
+    accumulation: int = 1  # micro-batches per step
     precision: str = "fp32"
+    rescues: int = 0  # times that the learning rates may be halved because gradients were not finite
     report_every_images: int = 0  # 0: at the end only
     snapshot_every_images: int = 0  # 0: at the end only
+
+
+@dataclass
+class Sums:
+    """Of one network's steps since the last report; those left out for a gradient that was not finite add to ``taken`` only."""
+
+    values: Tensor
+    finite: Tensor
+    taken: int = 0
 
 
 @dataclass
@@ -42,9 +56,11 @@ class State:
     """Everything that a step changes."""
 
     engines: dict[str, Engine]
-    averages: dict[str, nn.Module]
+    averages: dict[str, Average]
     images: int = 0
-    sums: dict[str, Tensor | float] = field(default_factory=dict)  # metrics since the last report
+    lr_scale: float = 1.0  # halved by each rescue
+    rescues: int = 0
+    sums: dict[tuple[str, ...], Sums] = field(default_factory=dict)  # by network and names of terms, since the last report
     steps: int = 0  # likewise
     waited_s: float = 0.0  # likewise, for data
     clock: float = field(default_factory=time.monotonic)
@@ -58,17 +74,18 @@ class NonFinite(Failure):
     """A loss or a weight became NaN or infinite; what was saved before is good."""
 
 
+logger = logging.getLogger("graft")
 Report = Callable[[State, dict[str, float]], None]
 Snapshot = Callable[[State], None]
 
 
-def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan: Plan, *, world: World | None = None,
+def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan: Plan, *, world: World | None = None,
           report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None,
           between: Callable[[], None] | None = None) -> State:
     """Train until ``plan.until`` images have been seen.
 
     Args:
-        batches: this rank's share of each global batch, uint8 NCHW, from the position ``state.images`` on.
+        batches: this rank's share of each global batch, from the position ``state.images`` on.
         report: called with the means of all terms over the ranks since the last call, and images/s.
         snapshot: called after a report of finite values.
         between: called before each step, when all ranks are at the same place.
@@ -76,7 +93,7 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan
 
     Raises:
         Stopped: when it was asked for.
-        NonFinite: when a loss was not finite; nothing is saved after it.
+        NonFinite: when gradients were not finite more often than ``plan.rescues`` allows; nothing is saved after it.
     """
     world = world or World()
     start = state.images
@@ -87,40 +104,43 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Tensor], plan
             if report:
                 report(state, metrics)
         if snapshot and state.images > start and (done or _due(state.images, plan.batch, plan.snapshot_every_images)):
-            _check_finite(state)
+            _check_finite(state, world)
             snapshot(state)
         if done:
             return state
         if stop and state.images // plan.batch % CHECK_EVERY_STEPS == 0 and any_rank(stop(), world):
             if snapshot and state.images > start and not _due(state.images, plan.batch, plan.snapshot_every_images):
-                _check_finite(state)
+                _check_finite(state, world)
                 snapshot(state)
             raise Stopped(state.images)
         if between:
             between()
 
         started = time.monotonic()
-        images = to_signed(next(batches))
+        given = next(batches)
         state.waited_s += time.monotonic() - started
+        images = to_signed(given.images)
         batch = Batch(
-            images=images,
+            images=images, labels=given.labels.to(images.device, non_blocking=True),
             latents={phase.network: latents(plan.seed, phase.network, state.images, plan.batch, plan.latent_dim,
                                             world).to(images.device) for phase in phases},
             weights={name: value_at(weight, state.images) for name, weight in plan.weights.items()})
 
         for phase in phases:
+            if state.images // plan.batch % plan.every.get(phase.network, 1):
+                continue
+            engine = state.engines[phase.network]
+            terms: list[Terms] = []
             with only(phase.network, state.engines):
-                with autocast(plan.precision):
-                    terms = phase.loss(state.networks, batch)
-                engine = state.engines[phase.network]
-                engine.backward(terms["total"])
-                engine.step(value_at(plan.lr[phase.network], state.images))
-            for name, value in terms.items():
-                key = f"{phase.network}/{name}"
-                state.sums[key] = state.sums.get(key, 0) + value.detach()
+                for part in batch.parts(plan.accumulation):
+                    with autocast(plan.precision):
+                        terms.append(phase.loss(state.networks, part))
+                    engine.backward(terms[-1]["total"])
+                norm = engine.step(value_at(plan.lr[phase.network], state.images) * state.lr_scale)
+            _add(state.sums, phase.network, terms, norm)
 
         for name, average in state.averages.items():
-            update_average(average, state.engines[name].module, batch=plan.batch,
+            update_average(average, state.engines[name], batch=plan.batch,
                            halflife_images=value_at(plan.ema_halflife_images, state.images))
         state.images += plan.batch
         state.steps += 1
@@ -157,9 +177,32 @@ def _due(images: int, batch: int, every: int) -> bool:
     return every > 0 and images > 0 and images // every != (images - batch) // every
 
 
+def _add(sums: dict[tuple[str, ...], Sums], network: str, parts: Sequence[Terms], norm: Tensor) -> None:
+    """A step's terms, means over its micro-batches, and its gradient's norm; if that is not finite the step is counted only."""
+    means = [torch.stack([terms[name].detach().float() for terms in parts]).mean() for name in parts[0]]
+    values = torch.stack([*means, norm.to(means[0].device)])
+    finite = torch.isfinite(values[-1])
+    key = (network, *parts[0], "grad_norm")
+    if key not in sums:
+        sums[key] = Sums(torch.zeros_like(values), torch.zeros_like(values[-1]))
+    sums[key].values += torch.where(finite, values, 0.0)
+    sums[key].finite += finite
+    sums[key].taken += 1
+
+
 def _collect(state: State, plan: Plan, world: World) -> dict[str, float]:
+    """Means since the last report, over the ranks."""
     elapsed = time.monotonic() - state.clock
-    metrics = {name: float(total) / state.steps for name, total in state.sums.items()}
+    totals: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    skipped = 0
+    for (network, *names), sums in state.sums.items():
+        finite = int(sums.finite.item())
+        skipped += sums.taken - finite
+        for name, value in zip(names, sums.values.tolist(), strict=True):
+            totals[f"{network}/{name}"] = totals.get(f"{network}/{name}", 0.0) + value
+            counts[f"{network}/{name}"] = counts.get(f"{network}/{name}", 0) + finite
+    metrics = {name: total / counts[name] if counts[name] else math.nan for name, total in totals.items()}
     metrics["data_wait"] = state.waited_s / max(elapsed, 1e-9)
     metrics = mean_over_ranks(metrics, world)
     metrics["images_per_second"] = state.steps * plan.batch / max(elapsed, 1e-9)
@@ -168,10 +211,25 @@ def _collect(state: State, plan: Plan, world: World) -> dict[str, float]:
     if broken:
         raise NonFinite(f"{broken[0]} is not finite after {state.images} images; lower the learning rates or raise r1 and "
                         f"r2. The last checkpoint is good.")
+    if skipped:
+        _rescue(state, plan, skipped)
+        metrics["skipped_steps"], metrics["lr_scale"] = float(skipped), state.lr_scale
     return metrics
 
 
-def _check_finite(state: State) -> None:
-    for name, network in state.networks.items():
-        if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+def _rescue(state: State, plan: Plan, skipped: int) -> None:
+    """Halve the learning rates because ``skipped`` steps were left out; all ranks do, since the gradient's norm is all's."""
+    said = f"{skipped} steps up to {state.images} images had gradients that were not finite and were left out"
+    if state.rescues >= plan.rescues:
+        raise NonFinite(f"{said}, the learning rates having been halved {state.rescues} times (training.rescues); lower them "
+                        f"or raise r1 and r2. The last checkpoint is good.")
+    state.rescues += 1
+    state.lr_scale /= 2
+    logger.warning("%s; the learning rates are halved (%d of %d times).", said, state.rescues, plan.rescues)
+
+
+def _check_finite(state: State, world: World) -> None:
+    for name, engine in state.engines.items():
+        tensors = [*engine.masters(), *state.averages.get(name, [])]
+        if any_rank(not all(bool(torch.isfinite(values).all()) for values in tensors), world):
             raise NonFinite(f"weights of the {name} are not finite after {state.images} images; the last checkpoint is good.")

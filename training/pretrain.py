@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
@@ -82,6 +81,8 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
     return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
                 lr={"generator": config.generator.lr, "discriminator": config.discriminator.lr},
                 weights={"r1": config.objective.r1, "r2": config.objective.r2},
+                every={"generator": config.generator.every, "discriminator": config.discriminator.every},
+                accumulation=config.engine.accumulation, rescues=config.rescues,
                 ema_halflife_images=config.ema_halflife_images, precision=config.precision,
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
 
@@ -106,15 +107,15 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         check_same_pretraining(saved, recipe, source, folder)
 
     networks = make_networks(config, source.manifest.image_shape, recipe.seed)
-    average = make_average(networks["generator"])
     if newest:
-        for name, network in {**networks, "generator_ema": average}.items():
+        for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
-    state = State(
-        engines={name: make_engine(network, optimizers[name], config.engine, world, batch=local_batch,
-                                   state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()},
-        averages={"generator": average}, images=int(saved["images"]), **report_begun(saved, world))
+    engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
+                                 state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
+    state = State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))},
+                  images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0),
+                  **report_begun(saved, world))
 
     lead = world.rank == 0
     identity = pretrain_id(recipe, source)
@@ -152,16 +153,20 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
                 progress(state.images, metrics)
 
     def snapshot(state: State) -> None:
+        share = snapshots.gather(checkpoint_parts(state), {"generator_ema": 0})
         samples = None
         if lead:
             z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
-            samples = grid_png(generate(average, z))
+            pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
+            load_weights(pictured, share["generator_ema"], what="the generator's average")
+            samples = grid_png(generate(pictured, z))
         snapshots.save(
-            state.images, checkpoint_parts(state, world),
+            state.images, share,
             {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
              "image_shape": list(source.manifest.image_shape),
              "data_position": where(state.images),
              "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
+             "lr_scale": state.lr_scale, "rescues": state.rescues,
              "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}",
              "metrics": dict(newest_metrics), "unreported": unreported(state, world)},
             {"samples.png": samples} if samples else {})
@@ -176,8 +181,8 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
                    pin_memory=torch.cuda.is_available())
     try:
         with stop_requests(folder) as stop:
-            train(state, FAMILIES[config.family](config.objective.loss), _images(feed), make_plan(recipe), world=world,
-                  report=report, snapshot=snapshot, stop=stop, between=snapshots.settle)
+            train(state, FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties), feed,
+                  make_plan(recipe), world=world, report=report, snapshot=snapshot, stop=stop, between=snapshots.settle)
         snapshots.wait()
     except (Stopped, NonFinite):  # on all ranks alike
         snapshots.wait()
@@ -189,8 +194,3 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         if wandb_run:
             wandb_run.finish()
     return step_folder(folder, state.images)
-
-
-def _images(feed: Iterator[Any]) -> Iterator[Tensor]:
-    for batch in feed:
-        yield batch.images

@@ -68,6 +68,8 @@ class TrainingConfig(Config):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 autocasts where the processor computes bf16 itself under auto; weights stay fp32")
     threads: int = Field(1, ge=1, description="CPU threads of each worker and trial")
+    rescues: int = Field(3, ge=0, description="times that the learning rates are halved because steps were left out whose "
+                                              "gradients were not finite; then training ends")
     report_every_images: int = operational(4096, "images between two lines of the metrics log", ge=1)
     snapshot_every_images: int = operational(32768, "images between two checkpoints", ge=1)
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
@@ -75,6 +77,11 @@ class TrainingConfig(Config):
     keep_best_is: Literal["smallest", "largest"] = operational("smallest", "which value of keep_best is the best")
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
+
+    @property
+    def exact_penalties(self) -> bool:
+        """Whether gradient penalties are by double backward, which ZeRO 3 cannot."""
+        return self.engine.stage("discriminator") < 3
 
     @model_validator(mode="after")
     def _known_model(self) -> TrainingConfig:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_shards.errors import Failure, UserError
 from training.checkpoint import (
@@ -36,11 +36,12 @@ from training.checkpoint import (
     steps,
     write_part,
 )
-from training.engines import Engine
+from training.ema import whole_average
+from training.engines import whole_weights
 from training.folders import Folder, inside, remove_leftovers, write_file
-from training.loop import NonFinite, State
+from training.loop import NonFinite, State, Sums
 from training.recipe import SCHEMA_VERSION
-from training.world import World, gather_json, largest_over_ranks
+from training.world import World, device, gather_json, largest_over_ranks
 
 Better = Literal["smallest", "largest"]
 BEST_FILE = "best.json"
@@ -89,23 +90,33 @@ class Snapshots:
         """Do ``job`` in the background, before whatever is asked for later; its error ends the next checkpoint."""
         self._submit(job)
 
-    def save(self, images: int, parts: Mapping[str, Part], state: Mapping[str, Any],
-             files: Mapping[str, bytes] | None = None) -> None:
-        """Begin the checkpoint of ``images``, after the one before it is complete. A collective.
+    def gather(self, parts: Mapping[str, Part], owners: Mapping[str, int]) -> dict[str, Mapping[str, Tensor]]:
+        """This rank's share of the files, after the checkpoint before is complete. A collective.
 
         Args:
             parts: by file stem, in the same order on all ranks.
-            state: JSON-ready, as `save_checkpoint` takes it.
-            files: written by rank 0 into ``folder`` beside the checkpoint, once that exists.
+            owners: the ranks that must have certain files; the others are dealt.
 
         Raises:
             NotWritten: when the one before could not be written; NonFinite, when it held such a value. On all ranks.
         """
         began = time.monotonic()
         self.wait()
-        owners = deal({stem: part.size for stem, part in parts.items()}, self.world.size)
-        gathered = {stem: part.gather(owners[stem]) for stem, part in parts.items()}
-        share = {stem: named for stem, named in gathered.items() if owners[stem] == self.world.rank}
+        dealt = deal({stem: part.size for stem, part in parts.items()}, self.world.size, owners)
+        gathered = {stem: part.gather(dealt[stem]) for stem, part in parts.items()}
+        self.stalled_s += time.monotonic() - began
+        return {stem: named for stem, named in gathered.items() if dealt[stem] == self.world.rank}
+
+    def save(self, images: int, share: Tensors, state: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
+        """Begin the checkpoint of ``images``. Every rank must call it after `gather`.
+
+        Args:
+            share: what `gather` gave.
+            state: JSON-ready, as `save_checkpoint` takes it.
+            files: written by rank 0 into ``folder`` beside the checkpoint, once that exists.
+        """
+        assert self._part is None, "gather waits for the checkpoint before"
+        began = time.monotonic()
         target = step_folder(self.folder, images)
 
         def write() -> Files:
@@ -129,7 +140,7 @@ class Snapshots:
         """Bring the checkpoint under way a step further, without waiting. A collective while there is one.
 
         Raises:
-            NotWritten, NonFinite: as `save`.
+            NotWritten, NonFinite: as `gather`.
         """
         if self._part is None:
             return
@@ -142,7 +153,7 @@ class Snapshots:
         """Wait until the checkpoint under way exists. A collective while there is one.
 
         Raises:
-            NotWritten, NonFinite: as `save`.
+            NotWritten, NonFinite: as `gather`.
         """
         while self._part is not None:
             self._current().exception()  # waits
@@ -215,14 +226,17 @@ class Snapshots:
                 future.set_exception(error)
 
 
-def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Which rank writes which file: the largest first, each to the rank that has least; the same on every rank."""
-    loads = [0] * ranks
-    dealt = {}
-    for stem in sorted(sizes, key=lambda stem: (-sizes[stem], stem)):
-        rank = loads.index(min(loads))
-        dealt[stem] = rank
-        loads[rank] += sizes[stem]
+def deal(sizes: Mapping[str, int], ranks: int, owners: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Which rank writes which file: the largest first, each to the rank that has least; the same on every rank.
+
+    Args:
+        owners: ranks of the files that are not dealt.
+    """
+    dealt = {stem: rank for stem, rank in (owners or {}).items() if stem in sizes}
+    loads = [sum(sizes[stem] for stem, owner in dealt.items() if owner == rank) for rank in range(ranks)]
+    for stem in sorted(sizes.keys() - dealt.keys(), key=lambda stem: (-sizes[stem], stem)):
+        dealt[stem] = loads.index(min(loads))
+        loads[dealt[stem]] += sizes[stem]
     return dealt
 
 
@@ -249,29 +263,23 @@ def check_metric(name: str, metrics: Mapping[str, float]) -> None:
                         f"{', '.join(sorted(metrics))}.")
 
 
-def checkpoint_parts(state: State, world: World) -> dict[str, Part]:
+def checkpoint_parts(state: State) -> dict[str, Part]:
     """Every file of a checkpoint: weights, averages and optimizer states."""
-
-    def copied(network: nn.Module, to: int) -> dict[str, Tensor]:
-        if to != world.rank:
-            return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
-
-    def optimizer_state(engine: Engine, to: int) -> dict[str, Tensor]:
-        return engine.optimizer_state()
-
-    averages = {f"{name}_ema": average for name, average in state.averages.items()}
-    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in {**state.networks, **averages}.items()}
-    found = {name: Part(sizes[name], partial(copied, network)) for name, network in {**state.networks, **averages}.items()}
+    sizes = {name: sum(p.numel() for p in engine.module.parameters()) for name, engine in state.engines.items()}
+    found = {name: Part(sizes[name], partial(whole_weights, engine)) for name, engine in state.engines.items()}
+    for name, average in state.averages.items():
+        found[f"{name}_ema"] = Part(sizes[name], partial(whole_average, average, state.engines[name]))
     for name, engine in state.engines.items():
-        found[f"{name}_optimizer"] = Part(2 * sizes[name], partial(optimizer_state, engine))
+        found[f"{name}_optimizer"] = Part(2 * sizes[name], engine.optimizer_state)
     return found
 
 
 def unreported(state: State, world: World) -> dict[str, Any]:
     """What has been summed since the last report, JSON-ready; a checkpoint may lie between two reports. A collective."""
-    sums = gather_json({name: float(total) for name, total in state.sums.items()}, world)
-    return {"steps": state.steps, "sums": sums, "waited_s": state.waited_s, "seconds": time.monotonic() - state.clock}
+    sums = [{"names": names, "values": each.values.tolist(), "finite": float(each.finite), "taken": each.taken}
+            for names, each in state.sums.items()]
+    return {"steps": state.steps, "sums": gather_json(sums, world), "waited_s": state.waited_s,
+            "seconds": time.monotonic() - state.clock}
 
 
 def report_begun(saved: Mapping[str, Any], world: World) -> dict[str, Any]:
@@ -283,10 +291,13 @@ def report_begun(saved: Mapping[str, Any], world: World) -> dict[str, Any]:
     if not kept:  # a new run, or a checkpoint of an older graft
         return {}
     ranks = kept["sums"]
-    sums = ranks[world.rank] if len(ranks) == world.size else {
-        name: sum(each[name] for each in ranks) / len(ranks) for name in ranks[0]}
-    return {"steps": kept["steps"], "sums": dict(sums), "waited_s": kept["waited_s"],
-            "clock": time.monotonic() - kept["seconds"]}
+    sums = {}
+    for number, each in enumerate(ranks[world.rank] if len(ranks) == world.size else ranks[0]):
+        values = torch.tensor(each["values"])
+        if len(ranks) != world.size:
+            values = torch.tensor([rank[number]["values"] for rank in ranks]).mean(0)
+        sums[tuple(each["names"])] = Sums(values.to(device()), torch.tensor(each["finite"], device=device()), each["taken"])
+    return {"steps": kept["steps"], "sums": sums, "waited_s": kept["waited_s"], "clock": time.monotonic() - kept["seconds"]}
 
 
 def _check_finite(tensors: Tensors, images: int) -> None:

@@ -23,8 +23,8 @@ from data_shards.files import write_json
 from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint
 from training.config import apply_overrides, content_id, result_fields
 from training.draws import latents
-from training.ema import make_average
-from training.engines import EngineConfig, make_engine
+from training.ema import make_average, whole_average
+from training.engines import EngineConfig, make_engine, whole_weights
 from training.events import append_event, cut_events
 from training.families import FAMILIES
 from training.loop import NonFinite, Plan, State, train
@@ -102,14 +102,15 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
                    name=f"{trial.domain}/{trial.method}/{trial.seed}", settings={
                        "domain": trial.domain, "method": trial.method, "seed": trial.seed, **trial.hyperparameters})
     features = target_features(trial.set_path, config.shots, trial.seed, recipe.evaluation.net, str(run))
-    average = state.averages["generator"]
+    shown = make_networks(recipe.training, target.image_shape, 0)["generator"]
     z = latents(trial.seed, "evaluation", 0, recipe.evaluation.samples, recipe.training.generator.latent_dim)
     extractor = feature_net(recipe.evaluation.net, str(run))
     seen: dict[str, Any] = {}
 
     def look() -> None:
         """Generate from the same latents as ever, and take the selection score."""
-        seen["images"] = generate(average, z)
+        load_weights(shown, whole_average(state.averages["generator"], state.engines["generator"]), what="the average")
+        seen["images"] = generate(shown, z)
         seen["features"] = extractor.extract(seen["images"])
         seen["selection_kid"] = kid(seen["features"], features["held_back"])
 
@@ -126,7 +127,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
-        train(state, FAMILIES[recipe.training.family](recipe.training.objective.loss), (b.images for b in support),
+        train(state, FAMILIES[recipe.training.family](recipe.training.objective.loss), support,
               _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
@@ -194,17 +195,17 @@ def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Targ
     if trial.checkpoint:
         load_start(networks, Path(trial.checkpoint))
     METHODS[trial.method].prepare(networks, config)
-    average, images = make_average(networks["generator"]), 0
+    images = 0
     tensors: dict[str, dict[str, Tensor]] = {}
     if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
         tensors, saved = load_checkpoint(folder / "best")
         images = int(saved["images"])
-        for name, network in {**networks, "generator_ema": average}.items():
+        for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{folder}/best/{name}.safetensors")
     optimizer = OptimizerConfig(lr=config.lr, betas=config.betas)
-    return State({name: make_engine(network, optimizer, EngineConfig(kind="torch"), World(), batch=config.batch,
-                                    state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()},
-                 {"generator": average}, images=images)
+    engines = {name: make_engine(name, network, optimizer, EngineConfig(kind="torch"), World(), batch=config.batch,
+                                 state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
+    return State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))}, images=images)
 
 
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
@@ -217,9 +218,9 @@ def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
 
 def _save(trial: Trial, recipe: TrainingRecipe, state: State, folder: Path) -> None:
     """A search trial keeps all it needs to go on; a final one the generator that was scored."""
-    weights = {"generator_ema": state.averages["generator"].state_dict()}
+    weights = {"generator_ema": whole_average(state.averages["generator"], state.engines["generator"])}
     if trial.phase == "search":
-        weights |= {name: network.state_dict() for name, network in state.networks.items()}
+        weights |= {name: whole_weights(engine) for name, engine in state.engines.items()}
         weights |= {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
     save_checkpoint(folder, weights, {"images": state.images, "recipe": recipe.model_dump(mode="json"),
                                       "image_shape": list(open_cached(trial.set_path).manifest.image_shape),

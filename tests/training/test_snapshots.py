@@ -35,12 +35,18 @@ def parts(value: float = 1.0, **more: float) -> dict[str, Part]:
     return {stem: Part(4, gather(held)) for stem, held in {"generator": value, "discriminator": value, **more}.items()}
 
 
+def save(snapshots: Snapshots, images: int, given: dict[str, Part], state: dict[str, Any]) -> None:
+    snapshots.save(images, snapshots.gather(given, {}), state)
+
+
 @given(some.dictionaries(some.text(min_size=1), some.integers(0, 1000), max_size=9), some.integers(1, 5))
 def test_files_are_dealt_so_that_no_rank_has_much_more_than_its_share(sizes: dict[str, int], ranks: int) -> None:
     dealt = deal(sizes, ranks)
     assert dealt.keys() == sizes.keys() and set(dealt.values()) <= set(range(ranks))
     loads = [sum(size for stem, size in sizes.items() if dealt[stem] == rank) for rank in range(ranks)]
     assert max(loads) <= sum(sizes.values()) / ranks + max(sizes.values(), default=0)
+    owners = dict.fromkeys(list(sizes)[:2], ranks - 1)
+    assert owners.items() <= deal(sizes, ranks, owners).items()
 
 
 def test_saving_does_not_wait_for_the_disk_and_the_next_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,12 +58,12 @@ def test_saving_does_not_wait_for_the_disk_and_the_next_does(tmp_path: Path, mon
 
     monkeypatch.setattr(training.snapshots, "write_part", slow)
     snapshots = Snapshots(tmp_path, World(), resumed=0, keep=2)
-    snapshots.save(8, parts(), {"images": 8})
+    save(snapshots, 8, parts(), {"images": 8})
     snapshots.settle()
     assert steps(tmp_path) == []
     threading.Timer(0.5, gate.set).start()
     began = time.monotonic()
-    snapshots.save(16, parts(), {"images": 16})
+    save(snapshots, 16, parts(), {"images": 16})
     assert steps(tmp_path) == ["step-000000000008"] and time.monotonic() - began > 0.3
     assert snapshots.stalled_s > 0.3
     snapshots.wait()
@@ -77,8 +83,8 @@ def test_a_checkpoint_holds_what_was_true_when_it_was_begun(tmp_path: Path) -> N
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_that_is_not_finite_becomes_a_checkpoint(tmp_path: Path, stem: str, value: float) -> None:
     snapshots = Snapshots(tmp_path, World(), resumed=0, keep=2)
-    snapshots.save(8, parts(), {"images": 8})
-    snapshots.save(16, parts(**{stem: value}), {"images": 16})
+    save(snapshots, 8, parts(), {"images": 8})
+    save(snapshots, 16, parts(**{stem: value}), {"images": 16})
     with pytest.raises(NonFinite, match=f"w of {stem} is not finite after 16 images"):
         snapshots.wait()
     assert steps(tmp_path) == ["step-000000000008"]
@@ -87,14 +93,14 @@ def test_nothing_that_is_not_finite_becomes_a_checkpoint(tmp_path: Path, stem: s
 def test_read_only_storage_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel answers on a file system that was mounted read-only, or became it: EROFS, also for root."""
     snapshots = Snapshots(tmp_path, World(), resumed=0, keep=2)
-    snapshots.save(8, parts(), {"images": 8})
+    save(snapshots, 8, parts(), {"images": 8})
     snapshots.wait()
 
     def refuse(path: Path, data: bytes) -> int:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    snapshots.save(16, parts(), {"images": 16})
+    save(snapshots, 16, parts(), {"images": 16})
     with pytest.raises(NotWritten, match=r"step-000000000016 cannot be written \(Read-only file system\); .* goes on from"):
         snapshots.wait()
     assert latest_valid(tmp_path) == tmp_path / "step-000000000008" and not list(tmp_path.glob(".*"))
@@ -153,7 +159,7 @@ def test_the_best_is_kept_beside_the_newest_and_marked(tmp_path: Path) -> None:
         folder = tmp_path / better
         snapshots = Snapshots(folder, World(), resumed=0, keep=2, best="kid", better=better)  # type: ignore[arg-type]
         for images, value in values.items():
-            snapshots.save(images, parts(), {"images": images, "metrics": {"kid": value}})
+            save(snapshots, images, parts(), {"images": images, "metrics": {"kid": value}})
         snapshots.wait()
         kept = sorted({best, 32, 40})
         assert steps(folder) == [f"step-{images:012d}" for images in kept]

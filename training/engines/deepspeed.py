@@ -1,119 +1,173 @@
-"""The DeepSpeed engine, ZeRO 0, 1 and 2. The only file that knows DeepSpeed.
+"""The DeepSpeed engine, ZeRO 0 to 3. The only file that knows DeepSpeed.
 
 The pattern of calls that gives plain torch's numbers (and whose neighbours lose gradients without a word): forward through
-``module``, one backward of one scalar per step, the other network frozen meanwhile. `tests/training/test_engines.py` proves it.
+``module``, one backward of one scalar per micro-batch, the other network frozen meanwhile. `tests/training/test_engines.py`
+proves it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from training.engines.torch import read_state, write_state
+from training.engines.flat import cut, gather_state, join, lay_out, share_state
 from training.optimizers import OptimizerConfig, make_optimizer
 from training.world import World, device
 
 if TYPE_CHECKING:
-    from training.engines import OptimizerState
+    from training.engines import EngineConfig, OptimizerState
 
 
-def deepspeed_config(*, zero: int, batch: int) -> dict[str, Any]:
+def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float) -> dict[str, Any]:
     """DeepSpeed's dict, every default that the library has changed under its users written out."""
+    stage: dict[str, Any] = {"stage": zero, "round_robin_gradients": False, "overlap_comm": False}
+    if config.offload_optimizer:
+        stage["offload_optimizer"] = {"device": "cpu"}
+    if zero == 3:
+        stage["stage3_param_persistence_threshold"] = config.persistence_threshold
+        if config.offload_parameters:
+            stage["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # the library's default became 1.0 in 2026
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": clip if zero else 0.0,  # the library's default became 1.0 in 2026; without ZeRO we clip ourselves
         "zero_allow_untested_optimizer": True,  # ours are torch's own; DeepSpeed's "Adam" is AdamW and compiles for a minute
-        "zero_optimization": {"stage": zero, "round_robin_gradients": False, "overlap_comm": False},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": stage,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
 class DeepSpeedEngine:
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, *, zero: int, batch: int,
-                 state: OptimizerState | None = None) -> None:
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, config: EngineConfig, *, zero: int,
+                 batch: int, state: OptimizerState | None = None) -> None:
         _ensure_group()
         # DeepSpeed would compile its shared-memory collectives with g++ here, a minute on first use; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.module = module
         self.world = world
         self.zero = zero
+        self.clip = optimizer.clip
+        self.accumulation = config.accumulation
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.slots, self.length = lay_out(self.named)
         self.client = make_optimizer(self.named.values(), optimizer)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.client,
-                                               config=deepspeed_config(zero=zero, batch=batch))
-        if state and zero == 0:
-            write_state(self.client, self.named, state)
-        elif state:
-            self._write_shards(state)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=self.client, config=deepspeed_config(config, zero=zero, batch=batch, clip=self.clip))
+        self.micro_batches = 0
+        if state:
+            for master, values in zip(self.masters(), share_state(state, self), strict=True):
+                self.client.state[master] = values
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
+        self.micro_batches += 1
+        if self.micro_batches < self.accumulation:
+            self.engine.step()  # only counts the micro-batch
+            if self.zero == 3:  # what the engine's own forward does: without it the next gradients overwrite these
+                self.engine.optimizer.clear_backward_seen_flag()
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float) -> Tensor:
+        assert self.micro_batches == self.accumulation, "DeepSpeed steps after its accumulated micro-batches only"
+        self.micro_batches = 0
         for group in self.client.param_groups:
             group["lr"] = lr
-        self.engine.step()
-
-    def optimizer_state(self) -> dict[str, Tensor]:
         if self.zero == 0:
-            return read_state(self.client, self.named)
-        return self._read_shards()
+            gradients = [p.grad for p in self.named.values() if p.grad is not None]
+            norm = get_total_norm(gradients)
+            if not math.isfinite(norm.item()):
+                for parameter in self.named.values():
+                    parameter.grad = None  # so that this step changes nothing
+            elif self.clip:
+                clip_grads_with_norm_(self.named.values(), self.clip, norm)
+            self.engine.step()
+            return norm
+        self.engine.step()  # leaves a non-finite step out by itself, and gives inf as its norm
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32)
+
+    def masters(self) -> list[Tensor]:
+        if self.zero == 0:
+            return list(self.named.values())
+        if self.zero == 3:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def gather(self, shares: Sequence[Tensor], to: int | None = None) -> dict[str, Tensor]:
+        keeps = to in (None, self.world.rank)
+        if self.zero == 0:
+            return {name: share.detach().float().cpu().clone()
+                    for name, share in zip(self.named, shares, strict=True)} if keeps else {}
+        found: dict[str, Tensor] = {}
+        for group, share in enumerate(shares):
+            parts = self._from_all(share.detach().float(), to)
+            if keeps and self.zero < 3:
+                found |= {name: values.cpu().clone() for name, values in cut(torch.cat(parts), self.slots).items()}
+            elif keeps:
+                found |= self._whole(group, parts)
+        return found
+
+    def share(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        if self.zero == 0:
+            return [named[name].to(parameter.device, copy=True) for name, parameter in self.named.items()]
+        masters = self.masters()
+        if self.zero < 3:
+            each = masters[0].numel()  # the flat buffer is padded to equal shares
+            flat = join(named, self.slots, each * self.world.size)
+            return [flat[self.world.rank * each:(self.world.rank + 1) * each].to(masters[0].device, copy=True)]
+        shares = [torch.zeros(master.numel()) for master in masters]
+        for group, name, numel, start, each in self._stretches():
+            mine = named[name].flatten()[self.world.rank * each:min((self.world.rank + 1) * each, numel)]
+            shares[group][start:start + mine.numel()] = mine
+        return [share.to(master.device) for share, master in zip(shares, masters, strict=True)]
+
+    def optimizer_state(self, to: int | None = None) -> dict[str, Tensor]:
+        return gather_state([self.client.state[master] for master in self.masters()], self, to)
 
     def close(self) -> None:
         self.engine.destroy()
 
-    # Under ZeRO 1 and 2 the optimizer holds one flat partition a rank; each parameter's `_hp_mapping` says which stretch of
-    # the partition (hp) is which stretch of the flattened parameter (lp). Only stretches of this rank are mapped.
+    def _from_all(self, share: Tensor, to: int | None) -> list[Tensor]:
+        """Every rank's share, on the rank ``to`` or on all."""
+        if self.world.size == 1:
+            return [share]
+        mine = share.to(device()).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(self.world.size)] if to in (None, self.world.rank) else []
+        if to is None:
+            dist.all_gather(parts, mine)
+        else:
+            dist.gather(mine, parts or None, dst=to)
+        return parts
 
-    def _flat(self) -> Tensor:
-        return self.engine.optimizer.single_partition_of_fp32_groups[0]
+    # Under ZeRO 3 each parameter is cut into one stretch a rank, the last padded; a group's master is one rank's stretches.
 
-    def _read_shards(self) -> dict[str, Tensor]:
-        slots = self.client.state[self._flat()]
-        state: dict[str, Tensor] = {}
-        for slot in sorted(slots):
-            shard = slots[slot]
-            if shard is None:
-                continue
-            if shard.dim() == 0:
-                state[slot] = shard.detach().float().cpu().clone()
-                continue
-            whole = {name: torch.zeros(p.numel(), device=shard.device) for name, p in self.named.items()}
-            for name, parameter in self.named.items():
-                mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's attribute
-                if mapping is not None:
-                    hp, lp = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    whole[name][lp.start:lp.start + lp.numel] = shard[hp.start:hp.start + hp.numel]
-            merged = torch.cat(list(whole.values()))
-            dist.all_reduce(merged)  # each stretch is non-zero on one rank only
-            parts = merged.split([p.numel() for p in self.named.values()])
-            for (name, parameter), part in zip(self.named.items(), parts, strict=True):
-                state[f"{name}/{slot}"] = part.view(parameter.shape).cpu().clone()
-        return state
+    def _stretches(self) -> list[tuple[int, str, int, int, int]]:
+        """(group, name, numel, start in the group's master, numel of a rank's stretch) of each parameter."""
+        names = {id(parameter): name for name, parameter in self.named.items()}
+        found = []
+        for group, parameters in enumerate(self.engine.optimizer.fp16_groups):
+            start = 0
+            for parameter in parameters:
+                each = parameter.partition_numel()
+                found.append((group, names[id(parameter)], parameter.ds_numel, start, each))
+                start += each
+        return found
 
-    def _write_shards(self, state: OptimizerState) -> None:
-        flat = self._flat()
-        slots: dict[str, Tensor] = {key: value.clone() for key, value in state.items() if "/" not in key}
-        for slot in {key.rpartition("/")[2] for key in state if "/" in key}:
-            shard = torch.zeros_like(flat)
-            for name, parameter in self.named.items():
-                mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's attribute
-                if mapping is not None:
-                    hp, lp = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    values = state[f"{name}/{slot}"].flatten().to(shard.device)
-                    shard[hp.start:hp.start + hp.numel] = values[lp.start:lp.start + lp.numel]
-            slots[slot] = shard
-        self.client.state[flat] = slots
+    def _whole(self, group: int, parts: list[Tensor]) -> dict[str, Tensor]:
+        shapes = {slot.name: slot.shape for slot in self.slots}
+        return {name: torch.cat([part[start:start + each] for part in parts])[:numel].view(shapes[name]).cpu()
+                for of, name, numel, start, each in self._stretches() if of == group}
 
 
 def _ensure_group() -> None:

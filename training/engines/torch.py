@@ -1,72 +1,80 @@
-"""The plain engine: torch's optimizer, and one all-reduce of one flat buffer per step (no DDP: its hooks and double backward
-do not mix)."""
+"""The plain engine: weights and gradients of a network in one flat buffer each, torch's optimizer over it, and one all-reduce
+per step (no DDP: its hooks and double backward do not mix)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.optimizers import OptimizerConfig, make_optimizer
+from training.engines.flat import cut, gather_state, join, lay_out, share_state
+from training.optimizers import OptimizerConfig, clip_scale, make_optimizer
 from training.world import World
 
 if TYPE_CHECKING:
     from training.engines import OptimizerState
 
+ALIGN = 16  # floats: 64 bytes, as an allocation of its own would have
+
 
 class TorchEngine:
-    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World,
+    def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, *, accumulation: int = 1,
                  state: OptimizerState | None = None) -> None:
         self.module = module
         self.world = world
-        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.named.values(), optimizer)
+        self.accumulation = accumulation
+        self.clip = optimizer.clip
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.slots, self.length = lay_out(named, align=ALIGN)
+        place = next(iter(named.values())).device
+        self.flat = nn.Parameter(join({name: p.detach() for name, p in named.items()}, self.slots, self.length).to(place))
+        self.flat.grad = torch.zeros_like(self.flat)
+        for parameter, values, gradient in zip(named.values(), cut(self.flat.detach(), self.slots).values(),
+                                               cut(self.flat.grad, self.slots).values(), strict=True):
+            parameter.data = values
+            parameter.grad = gradient  # backward adds into it
+        self.optimizer = make_optimizer([self.flat], optimizer)
         if state:
-            write_state(self.optimizer, self.named, state)
+            self.optimizer.state[self.flat] = share_state(state, self)[0]
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss / self.accumulation if self.accumulation > 1 else loss).backward()
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float) -> Tensor:
+        gradient = self.flat.grad
+        assert gradient is not None
         if self.world.size > 1:
-            gradients = [p.grad for p in self.named.values() if p.grad is not None]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            dist.all_reduce(flat)
-            flat /= self.world.size
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            dist.all_reduce(gradient)
+            gradient /= self.world.size
+        norm = torch.linalg.vector_norm(gradient)
+        if self.clip:
+            gradient *= clip_scale(norm, self.clip)
+        # Decided on the device, so that it is not waited for: a step of a non-finite gradient is left out.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by fused optimizers
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        gradient.zero_()
+        return norm
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return read_state(self.optimizer, self.named)
+    def masters(self) -> list[Tensor]:
+        return [self.flat.detach()]
+
+    def gather(self, shares: Sequence[Tensor], to: int | None = None) -> dict[str, Tensor]:
+        if to not in (None, self.world.rank):
+            return {}
+        return {name: values.detach().float().cpu().clone() for name, values in cut(shares[0], self.slots).items()}
+
+    def share(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        return [join(named, self.slots, self.length).to(self.flat.device)]
+
+    def optimizer_state(self, to: int | None = None) -> dict[str, Tensor]:
+        return gather_state([self.optimizer.state[self.flat]], self, to)
 
     def close(self) -> None:
-        pass
-
-
-def read_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The state of an unsharded optimizer by parameter name."""
-    state: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        for slot, value in optimizer.state[parameter].items():
-            if value is None:
-                continue
-            if value.shape == parameter.shape and value.dim() > 0:
-                state[f"{name}/{slot}"] = value.detach().float().cpu().clone()
-            else:
-                state[slot] = torch.as_tensor(value).float().cpu().clone()
-    return state
-
-
-def write_state(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], state: OptimizerState) -> None:
-    """The reverse of `read_state`, for the parameters in ``named``."""
-    scalars = {key: value for key, value in state.items() if "/" not in key}
-    for name, parameter in named.items():
-        slots = {key.removeprefix(f"{name}/"): value.to(parameter.device, copy=True)
-                 for key, value in state.items() if key.startswith(f"{name}/")}
-        optimizer.state[parameter] = slots | {key: value.clone() for key, value in scalars.items()}
+        """The network's gradients no longer lie in the engine's buffer."""
+        for parameter in self.module.parameters():
+            parameter.grad = None

@@ -77,7 +77,7 @@ def adapt_to_task(loop: InnerLoop, task: Task) -> TaskResult:
     for name, network in networks.items():
         load_weights(network, loop.weights[name], what=f"the shared {name}")
     optimizer = OptimizerConfig(lr=config.inner_lr, betas=training.generator.betas)
-    state = State({name: make_engine(network, optimizer, EngineConfig(kind="torch"), World(), batch=config.inner_batch)
+    state = State({name: make_engine(name, network, optimizer, EngineConfig(kind="torch"), World(), batch=config.inner_batch)
                    for name, network in networks.items()}, {})
     plan = Plan(until=config.inner_steps * config.inner_batch, batch=config.inner_batch, seed=task.seed,
                 latent_dim=training.generator.latent_dim,
@@ -86,8 +86,7 @@ def adapt_to_task(loop: InnerLoop, task: Task) -> TaskResult:
                 precision=training.precision)
     metrics: dict[str, float] = {}
     feed = batches(source, batch=config.inner_batch, seed=task.seed, streams=1, subset=support)
-    train(state, FAMILIES[training.family](training.objective.loss), (batch.images for batch in feed), plan,
-          report=lambda _, found: metrics.update(found))
+    train(state, FAMILIES[training.family](training.objective.loss), feed, plan, report=lambda _, found: metrics.update(found))
     return TaskResult({name: {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
                        for name, network in networks.items()}, metrics)
 

@@ -1,0 +1,38 @@
+"""What every family of generative models is made of: phases, run in their order in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Networks = Mapping[str, nn.Module]
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step: what a phase may use."""
+
+    images: Tensor  # float32 NCHW in [-1, 1]
+    labels: Tensor  # int64 (N,), -1 where there is none
+    latents: Mapping[str, Tensor]  # one independent draw per phase, (N, latent_dim)
+    weights: Mapping[str, float]  # scheduled weights at this point of training
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """``count`` micro-batches, strided as the ranks' shares are: entry k of the batch is in part k mod ``count``, so that
+        entries N / g apart, which form the groups of layers over several images, stay together."""
+        for i in range(count):
+            yield self if count == 1 else Batch(
+                self.images[i::count], self.labels[i::count], {name: z[i::count] for name, z in self.latents.items()},
+                self.weights)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One network's step: ``loss`` returns named scalars, the first of which, "total", is what goes backward. Each is a mean
+    over the images given, so that the mean over parts and ranks is that of the whole batch."""
+
+    network: str
+    loss: Callable[[Networks, Batch], Terms]
