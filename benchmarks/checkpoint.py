@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -60,7 +61,9 @@ def measured(world: World, root: Path, options: argparse.Namespace, way: str, ru
     def save(self: Snapshots, *given: Any, **named: Any) -> None:
         real(self, *given, **named)
         if way == "in the step":
+            began = time.monotonic()
             self.wait()
+            self.stalled_s += time.monotonic() - began
         stalled[0] = self.stalled_s
 
     Snapshots.save = save  # type: ignore[method-assign]
@@ -74,6 +77,7 @@ def measured(world: World, root: Path, options: argparse.Namespace, way: str, ru
 
 def rank_main(rank: int, root: Path, options: argparse.Namespace, way: str, run: Path) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(options.ranks))  # as every launcher does
     if options.ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{run}.group", rank=rank, world_size=options.ranks)
     measured(World(rank, options.ranks), root, options, way, run)
