@@ -9,13 +9,15 @@ from pathlib import Path
 
 from data_shards import UserError, open_set
 from data_shards.errors import Failure
+from training.checkpoint import NotWritten
 from training.config import parse_overrides
 from training.folders import inside, run_folder
+from training.loop import NonFinite
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
-from training.stopping import STOP_FILE
-from training.world import from_rank_0, join_world
+from training.stopping import STOP_FILE, Stopped
+from training.world import from_rank_0, join_world, leave_world
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if done:
             if world.rank == 0:
                 print(f"already trained: {done}")
+            leave_world(world)
             return 0
         if world.rank == 0:
             each = per_worker_batch(recipe.training.batch, world.size, recipe.data.streams)
@@ -48,9 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except Failure as failure:
         print(failure, file=sys.stderr)
+        if isinstance(failure, Stopped | NonFinite | NotWritten):  # on all ranks alike
+            leave_world(world)
         return 1
     if world.rank == 0:
         print(f"checkpoint: {checkpoint}")
+    leave_world(world)
     return 0
 
 

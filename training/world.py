@@ -39,6 +39,13 @@ def join_world() -> World:
     return current_world()
 
 
+def leave_world(world: World) -> None:
+    """Leave the group, all ranks together: a process that ends while its group still stands can abort. A collective."""
+    if world.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
     """Mean of each named value over the ranks; every rank must pass the same names."""
     if world.size == 1:
