@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from data_shards.errors import Failure, UserError
+
+LEAVE_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,26 @@ def join_world() -> World:
 
 
 def leave_world(world: World) -> None:
-    """Leave the group, all ranks together: a process that ends while its group still stands can abort. A collective."""
-    if world.size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    """Leave the group, all ranks together: one that is still in its last collective when another leaves can abort.
+
+    The ranks wait for each other at the launcher's store, not by a collective, which would be the last one in its turn.
+    """
+    if world.size == 1:
+        return
+    store = distributed_c10d._get_default_store()
+    with suppress(RuntimeError):  # the store goes with rank 0, or with a launcher that has given up
+        _count_up(store, "graft/done", world.size)
+        _count_up(store, "graft/left", world.size if world.rank == 0 else 0)
+    dist.destroy_process_group()
+
+
+def _count_up(store: dist.Store, key: str, wanted: int) -> None:
+    """Add one, and wait a while until ``wanted`` ranks have."""
+    until = time.monotonic() + LEAVE_TIMEOUT_S
+    count = store.add(key, 1)
+    while count < wanted and time.monotonic() < until:
+        time.sleep(0.005)
+        count = store.add(key, 0)
 
 
 def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
