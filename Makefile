@@ -15,7 +15,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3; do \
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench scale chaos docs
+.PHONY: help setup run test lint bench scale science chaos docs
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make benc
 
 scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
 	$(BIN)/python -m benchmarks.scale
+
+science: $(STAMP)  ## published results reproduced in their long form: mixtures in the plane
+	$(BIN)/python -m benchmarks.science.mixtures
 
 chaos: $(STAMP)  ## kill a pretraining a hundred times, and a whole run twice, and compare with runs that were not killed
 	$(BIN)/python -m benchmarks.chaos

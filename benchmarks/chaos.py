@@ -42,7 +42,7 @@ from training.recipe import TrainingRecipe, read_recipe
 
 PROJECT = Path(__file__).resolve().parent.parent
 BATCH = 8
-TIMED = ("images_per_second", "data_wait")
+TIMED = ("images_per_second", "data_wait", "cost/")
 Aim = Literal["step", "writing", "sigterm"]
 
 
@@ -200,7 +200,7 @@ def log_of(setting: Setting) -> str:
 
 def metrics_log(run: Path) -> list[dict[str, Any]]:
     """The log without its time fields."""
-    return [{"images": event["images"], **{k: v for k, v in event["metrics"].items() if k not in TIMED}}
+    return [{"images": event["images"], **{k: v for k, v in event["metrics"].items() if not k.startswith(TIMED)}}
             for event in read_events(run / "pretrain" / "events.jsonl")]
 
 

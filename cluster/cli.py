@@ -103,16 +103,43 @@ def adapt(recipe: Recipe, sets: Sets = None, out: Out = None, address: Address =
     _run(recipe, sets, out, address, dry_run, ("shards", "encoder", "fanout"))
 
 
-@app.command(epilog="Example: graft evaluate runs/demo --net inception")
-def evaluate(run: Run, net: Annotated[str, typer.Option(help="Feature net of the scores.")] = "inception",
-             samples: Annotated[int | None, typer.Option(min=8, help="Pictures per score; the recipe's.")] = None,
-             seeds: Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds.")] = None,
-             domain: Annotated[list[str] | None, typer.Option(help="Only this domain; repeatable.")] = None) -> None:
-    """Score the final trials of a run again, in another feature net."""
-    folder = _existing_run(run)
-    from cluster.evaluate import evaluate as score
+@app.command(epilog="Example: graft evaluate runs/demo --net inception; "
+                    "graft evaluate runs/demo/pretrain/step-000000081920 --against data/quickdraw/validation/sun")
+def evaluate(target: Annotated[Path, typer.Argument(metavar="TARGET", help="A run's folder, a checkpoint's, or a folder of "
+                                                    "images.")],
+             against: Annotated[str | None, typer.Option(metavar="SHARDS", help="Set to score one generator against; without "
+                                                         "it a run's final trials are scored again.")] = None,
+             net: Annotated[str | None, typer.Option(help="Feature net: encoder, inception, efficientnet-lite0, or a "
+                                                     ".safetensors, .pt or .onnx file. The last two are programs and are "
+                                                     "run.")] = None,
+             scores: Annotated[str, typer.Option(help="Only these, with commas between: see docs/SCORES.md.")] = "",
+             samples: Annotated[int | None, typer.Option(min=8, help="Pictures per score; the recipe's, or all.")] = None,
+             seed: Annotated[int, typer.Option(min=0, help="Seed of latents and scores.")] = 0,
+             seeds: Annotated[int | None, typer.Option(min=1, help="Of a run's trials only the first so many seeds.")] = None,
+             domain: Annotated[list[str] | None, typer.Option(help="Of a run's trials only this domain; repeatable.")] = None,
+             limit: Annotated[int | None, typer.Option(min=8, help="Most real images of a split that are compared.")] = None,
+             out: Annotated[Path | None, typer.Option("--out", help="JSON file of the scores against a set.")] = None,
+             address: Address = None) -> None:
+    """Score generated images against a set of shards, or a run's final trials again in another feature net."""
+    from data_shards.errors import UserError
 
-    print(score(folder, net=net, samples=samples, seeds=seeds, domains=domain or ()))
+    if against is None:
+        folder = _existing_run(target)
+        if scores or out or limit or address:
+            raise UserError("--scores, --out, --limit and --address go with --against SHARDS; add it, or leave them out.")
+        from cluster.evaluate import evaluate as score
+
+        print(score(folder, net=net or "inception", samples=samples, seeds=seeds, domains=domain or ()))
+        return
+    if seeds or domain:
+        raise UserError("--seeds and --domain choose among a run's trials; leave them out with --against.")
+    from cluster.evaluate import evaluate_against, scores_text
+
+    names = [name.strip() for name in scores.split(",") if name.strip()]
+    path, found = evaluate_against(target, against, net=net, scores=names, samples=samples, seed=seed, limit=limit, out=out,
+                                   address=address)
+    print(scores_text(found))
+    print(path)
 
 
 @app.command(epilog="Example: graft report runs/demo")

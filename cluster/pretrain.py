@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import JobFailed
-from cluster.progress import progress
+from cluster.meanwhile import scored_meanwhile
+from cluster.progress import console, progress
 from cluster.recipe import Recipe
 from data_shards import ShardSet
 from training.checkpoint import latest_valid
+from training.cost import cost_line
 from training.events import read_events
+from training.health import Unhealthy, act, make_watch, story
 from training.pretrain import finished_pretraining
 from training.source import set_place
 from training.stopping import Stopped, sigterm_asks
@@ -32,7 +35,7 @@ def worker(config: dict[str, Any]) -> None:
     from training.world import current_world
 
     logging.getLogger("graft").setLevel(logging.WARNING)
-    with suppress(Stopped):  # the driver knows, and Ray would try again
+    with suppress(Stopped, Unhealthy):  # the driver knows, and Ray would try again
         pretrain(Recipe.model_validate(config["recipe"]), open_set(config["source"]), Path(config["run"]), current_world())
 
 
@@ -41,6 +44,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
 
     Raises:
         Stopped: when SIGTERM asked for it; the workers have written a checkpoint.
+        Unhealthy: when an alarm ended it (``training.health.action``).
         JobFailed: with the worker's own error, after the recipe's retries.
     """
     import ray.train
@@ -62,11 +66,11 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
             name=f"{recipe.name}-{uuid.uuid4().hex[:8]}", storage_path=str(storage),
             failure_config=FailureConfig(max_failures=recipe.cluster.max_failures, controller_failure_limit=3)))
     stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(run / "pretrain" / "events.jsonl", recipe.training.images, stop))
+    watcher = threading.Thread(target=_watch, args=(run / "pretrain" / "events.jsonl", recipe, stop))
     watcher.start()
     folder = run / "pretrain"
     try:
-        with sigterm_asks(folder) as asked:
+        with sigterm_asks(folder) as asked, scored_meanwhile(recipe, run):
             trainer.fit()
             newest = latest_valid(folder)
             if asked() and newest and finished_pretraining(recipe, source, folder) is None:
@@ -82,24 +86,35 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
         with suppress(OSError):
             shutil.rmtree(storage)
     checkpoint = finished_pretraining(recipe, source, run / "pretrain")
+    log = read_events(folder / "events.jsonl")
+    if checkpoint is None:
+        act(make_watch(recipe.training.health, log))
     assert checkpoint, "Ray Train returned before all images were seen"
+    console.print(f"pretrain  {cost_line(log, recipe.training.batch)}", markup=False)
     return checkpoint
 
 
-def _watch(events: Path, total: int, stop: threading.Event) -> None:
-    """Show the metrics log as rank 0 writes it."""
-    shown = len(read_events(events))
+def _watch(events: Path, recipe: Recipe, stop: threading.Event) -> None:
+    """Show the metrics log as rank 0 writes it, and the news of its health."""
+    lines, total = read_events(events), recipe.training.images
+    shown, told = len(lines), len(story(lines, recipe.training.health))
     with progress("pretrain", total, "images") as show:
         while True:
             last = stop.wait(POLL_S)
             lines = read_events(events)
             for event in lines[min(shown, len(lines)):]:
                 metrics = event["metrics"]
+                if "health/rollbacks" in metrics:
+                    show(event["images"], f"rolled back to here; learning rates times {metrics['lr_scale']:g}")
+                    continue
                 rate = metrics["images_per_second"]
                 show(event["images"], f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
                                       f"G {metrics['generator/adversarial']:.3f}  "
                                       f"{max(total - event['images'], 0) / rate / 60:.1f} min left")
-            shown = len(lines)
+            heard = story(lines, recipe.training.health)
+            for images, sentence in heard[min(told, len(heard)):]:
+                show(images, f"warning: {sentence}")
+            shown, told = len(lines), len(heard)
             if last:
                 return
 

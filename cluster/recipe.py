@@ -40,7 +40,14 @@ class Recipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _workers_divide(self) -> Any:
-        per_worker_batch(self.training.batch, self.cluster.workers, self.data.streams)
+        per_worker_batch(self.training.batch, self.cluster.workers, self.data.streams, self.training.engine.accumulation)
+        return self
+
+    @model_validator(mode="after")
+    def _targets_have_the_sources_classes(self) -> Any:
+        if self.training.generator.classes and self.fanout.targets:
+            raise ValueError(f"training.generator.classes = {self.training.generator.classes} makes a source that is told its "
+                             "classes, and target domains have others; leave fanout.targets out, or set it to 0")
         return self
 
     @property

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader
 from PIL import Image, UnidentifiedImageError
 
@@ -39,7 +40,10 @@ from cluster.report_text import (
     state_of,
 )
 from data_shards.errors import UserError
+from training.cost import cost_line
 from training.events import read_events
+from training.health import story
+from training.recipe import TrainingConfig
 
 GRID_COLUMNS = 8
 SMALL_CHART = 360  # width in units of the view box, where three stand side by side
@@ -85,6 +89,8 @@ def collect(run: Path) -> dict[str, Any]:
                   if isinstance(line.get("time"), int | float)), default=None)
     places = {name: decimals(row.get(name) for row in rows) for name in ("kid", "fd", "fid", "selection_kid")}
     parts = [domain_part(run, domain, rows, methods) for domain in domains]
+    training = training_config(run)
+    numbers = [{**line, "metrics": {name: value for name, value in line["metrics"].items() if finite(value)}} for line in lines]
     return {
         "title": run.resolve().name,
         "latest": datetime.fromtimestamp(latest, UTC).strftime("%Y-%m-%d %H:%M UTC") if latest else None,
@@ -99,7 +105,8 @@ def collect(run: Path) -> dict[str, Any]:
         "domains": parts, "searching": any(part["searching"] for part in parts),
         "samples": picture(run, "pretrain/samples.png"), "reals": picture(run, "pretrain/reals.png"),
         "pretrain_images": max((line["images"] for line in lines), default=None),
-        "pretrain_charts": pretrain_charts(lines),
+        "pretrain_charts": pretrain_charts(lines), "cost_line": cost_line(numbers, training.batch),
+        "health_charts": health_charts(numbers), "health": story(numbers, training.health),
         "meta": {path.parent.name: meta_charts(read_lines(path))
                  for path in sorted((run / "meta").glob("*/events.jsonl"))},
         "contract": board.get("contract") or {}, "costs": board.get("costs") or {},
@@ -178,16 +185,50 @@ def pretrain_charts(lines: Sequence[Row]) -> list[Any]:
     return [chart for title, names in groups if (chart := metric_chart(lines, names, title))]
 
 
+def health_charts(lines: Sequence[Row]) -> list[Any]:
+    """What the rules of health read, with the stretches in which one raised the alarm shaded."""
+    groups = [("distances, generated / real", {"health/distance_ratio": "all pairs", "health/nearest_ratio": "to the nearest"},
+               ["collapse"]),
+              ("r_v, overfitting of D", {"health/r_v": "r_v"}, ["overfitting"]),
+              ("gradient norm", {"generator/grad_norm": "generator", "discriminator/grad_norm": "discriminator"},
+               ["generator_explosion", "discriminator_explosion"])]
+    return [chart for title, names, rules in groups
+            if (chart := metric_chart(lines, names, title, alarms=alarm_stretches(lines, rules)))]
+
+
+def alarm_stretches(lines: Sequence[Row], rules: Iterable[str]) -> list[tuple[float, float]]:
+    """From where to where, in images seen, one of the rules raised the alarm without a break."""
+    found: list[tuple[float, float]] = []
+    before = False
+    for line in lines:
+        now = any(line["metrics"].get(f"health/{rule}") for rule in rules)
+        if now and before:
+            found[-1] = (found[-1][0], line["images"])
+        elif now:
+            found.append((line["images"], line["images"]))
+        before = now
+    return found
+
+
+def training_config(run: Path) -> TrainingConfig:
+    """The run's training section; the defaults where its recipe cannot be read."""
+    try:
+        return TrainingConfig.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["training"])
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return TrainingConfig(images=1)
+
+
 def meta_charts(lines: Sequence[Row]) -> list[Any]:
     """One chart per metric of a meta-training."""
     names = sorted({name for line in lines for name in line["metrics"]})
     return [chart for name in names if (chart := metric_chart(lines, {name: "mean of tasks"}, metric_name(name)))]
 
 
-def metric_chart(lines: Sequence[Row], names: Mapping[str, str], title: str) -> Any:
+def metric_chart(lines: Sequence[Row], names: Mapping[str, str], title: str,
+                 alarms: Sequence[tuple[float, float]] = ()) -> Any:
     series = [Series(label, style, mean_over_seeds([lines], name))
               for style, (name, label) in enumerate(names.items(), 1)]
-    return line_chart(series, title=title, y_label=title, width=SMALL_CHART)
+    return line_chart(series, title=title, y_label=title, width=SMALL_CHART, alarms=alarms)
 
 
 # ---- pictures

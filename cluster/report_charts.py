@@ -34,8 +34,11 @@ class Series:
 
 
 def line_chart(series: Sequence[Series], *, title: str, y_label: str, x_label: str = "images seen",
-               width: int = 480) -> Markup:
-    """An SVG with axes, bands, lines, markers and a name at the end of each line; empty where nothing is finite."""
+               width: int = 480, alarms: Sequence[tuple[float, float]] = ()) -> Markup:
+    """An SVG with axes, bands, lines, markers and a name at the end of each line; empty where nothing is finite.
+
+    ``alarms`` are stretches of x that are shaded.
+    """
     drawn = [Series(s.name, s.style, [p for p in s.points if math.isfinite(p.y)]) for s in series]
     drawn = [s for s in drawn if s.points]
     if not drawn:
@@ -49,6 +52,8 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, x_label: s
     to_x = _axis(0, last, LEFT, right, log=False)
     to_y = _axis(min(low, ticks[0]), max(high, ticks[-1]), HEIGHT - BOTTOM, TOP, log=log)
     parts = [f'<svg class="chart" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts += [f'<rect class="alarm" x="{to_x(begin):.1f}" y="{TOP}" width="{max(to_x(end) - to_x(begin), 2):.1f}" '
+              f'height="{HEIGHT - BOTTOM - TOP}"><title>alarm</title></rect>' for begin, end in alarms if end <= last]
     parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{to_y(t):.1f}" y2="{to_y(t):.1f}"/>'
               f'<text x="{LEFT - 6}" y="{to_y(t) + 4:.1f}" text-anchor="end">{_tick(t)}</text>' for t in ticks]
     parts += [f'<text x="{to_x(t):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(t)}</text>'

@@ -64,7 +64,9 @@ METRIC_NAMES = {"data_wait": "share of time spent waiting for data", "images_per
                 "generator/total": "G's whole loss", "discriminator/total": "D's whole loss",
                 "discriminator/r1": "R1 penalty (real)", "discriminator/r2": "R2 penalty (generated)",
                 "discriminator/real_logit": "D's logit of real images",
-                "discriminator/fake_logit": "D's logit of generated images", "selection_kid": "selection KID"}
+                "discriminator/fake_logit": "D's logit of generated images",
+                "generator/grad_norm": "G's gradient norm", "discriminator/grad_norm": "D's gradient norm",
+                "selection_kid": "selection KID"}
 
 
 def metric_name(name: str) -> str:

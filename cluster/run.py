@@ -68,6 +68,8 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
         folders = [set_place(recipe.data, name) for name in named]
         start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))
         board = None
+        if "pretrain" in chosen and recipe.evaluation.during_pretraining:
+            _encoder(recipe, source, out)  # the net of the scores that are taken meanwhile
         if "pretrain" in chosen:
             _pretrain(recipe, source, out, done, start_ray)
         if "encoder" in chosen:

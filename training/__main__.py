@@ -11,7 +11,10 @@ from data_shards import UserError, open_set
 from data_shards.errors import Failure
 from training.checkpoint import NotWritten
 from training.config import parse_overrides
+from training.cost import cost_line
+from training.events import read_events
 from training.folders import inside, run_folder
+from training.health import Unhealthy
 from training.loop import NonFinite
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
@@ -51,10 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except Failure as failure:
         print(failure, file=sys.stderr)
-        if isinstance(failure, Stopped | NonFinite | NotWritten):  # on all ranks alike
+        if isinstance(failure, Stopped | NonFinite | NotWritten | Unhealthy):  # on all ranks alike
             leave_world(world)
         return 1
     if world.rank == 0:
+        print(cost_line(read_events(inside(folder, "events.jsonl")), recipe.training.batch))
         print(f"checkpoint: {checkpoint}")
     leave_world(world)
     return 0

@@ -218,6 +218,11 @@ def checkpoint_problem(folder: Folder) -> str | None:
     return None
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder says that it is a checkpoint; `checkpoint_problem` says whether it is a whole one."""
+    return (folder / STATE_FILE).is_file()
+
+
 def latest_valid(parent: FolderT) -> FolderT | None:
     """The newest whole checkpoint ``parent/step-*``, saying which damaged ones were passed over; None when there is none."""
     for name in reversed(steps(parent)):
@@ -245,14 +250,16 @@ def images_of(folder: Folder) -> int:
     return int(base_name(folder).removeprefix("step-"))
 
 
-def prune(parent: Folder, keep: int, *, also: str = "", ignore: frozenset[str] = frozenset()) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the one named ``also``, and what a killed writer left.
+def prune(parent: Folder, keep: int, safe: int | None = None, *, also: str = "", ignore: frozenset[str] = frozenset()) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what a killed writer left.
 
-    Those named in ``ignore``, which are damaged, are neither counted nor removed.
+    The newest of at most ``safe`` images stays as well, and the one named ``also``. Those named in ``ignore``, which are
+    damaged, are neither counted nor removed.
     """
     counted = [name for name in steps(parent) if name not in ignore]
+    refuge = next((name for name in reversed(counted) if safe is not None and images_of(name) <= safe), "")
     for name in counted[:-keep]:
-        if name != also:
+        if name not in (also, refuge):
             remove_checkpoint(inside(parent, name))
     if isinstance(parent, Path):
         remove_leftovers(parent)

@@ -21,3 +21,9 @@ def latents(seed: int, purpose: str, images: int, batch: int, latent_dim: int, w
     """This rank's latents z ~ N(0, I), (batch / world.size, latent_dim), of the global draw."""
     z = torch.randn(batch, latent_dim, generator=generator(seed, purpose, images))
     return world.slice(z) if world else z
+
+
+def uniforms(seed: int, purpose: str, images: int, batch: int, count: int, world: World | None = None) -> Tensor:
+    """This rank's ``count`` numbers of U[0, 1) for each image, float64 (batch / world.size, count), of the global draw."""
+    u = torch.rand(batch, count, dtype=torch.float64, generator=generator(seed, purpose, images))
+    return world.slice(u) if world else u

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from data_shards import Batch as Images
 from data_shards.errors import Failure
-from training.draws import latents
+from training.augment import NO_AUGMENTATION, AugmentConfig, Strength, steer, strength_at
+from training.draws import latents, uniforms
 from training.ema import Average, update_average
 from training.engines import Engine
 from training.families import Batch, Phase, Terms
@@ -34,6 +35,7 @@ class Plan:
     lr: Mapping[str, Schedule]  # by network
     weights: Mapping[str, Schedule]  # by penalty
     ema_halflife_images: Schedule
+    augmentation: AugmentConfig = NO_AUGMENTATION
     every: Mapping[str, int] = field(default_factory=dict)  # by network: steps of training between two of its own
     accumulation: int = 1  # micro-batches per step
     precision: str = "fp32"
@@ -58,6 +60,7 @@ class State:
     engines: dict[str, Engine]
     averages: dict[str, Average]
     images: int = 0
+    strength: Strength = field(default_factory=Strength)  # of adaptive augmentation
     lr_scale: float = 1.0  # halved by each rescue
     rescues: int = 0
     sums: dict[tuple[str, ...], Sums] = field(default_factory=dict)  # by network and names of terms, since the last report
@@ -124,7 +127,11 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
             images=images, labels=given.labels.to(images.device, non_blocking=True),
             latents={phase.network: latents(plan.seed, phase.network, state.images, plan.batch, plan.latent_dim,
                                             world).to(images.device) for phase in phases},
-            weights={name: value_at(weight, state.images) for name, weight in plan.weights.items()})
+            weights={"augment": strength_at(plan.augmentation, state.strength, state.images),
+                     **{name: value_at(weight, state.images) for name, weight in plan.weights.items()}},
+            uniforms={f"{phase.network} {purpose}": uniforms(plan.seed, f"{phase.network} {purpose}", state.images, plan.batch,
+                                                             count, world)
+                      for phase in phases for purpose, count in phase.uniforms.items() if count})
 
         for phase in phases:
             if state.images // plan.batch % plan.every.get(phase.network, 1):
@@ -138,6 +145,10 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
                     engine.backward(terms[-1]["total"])
                 norm = engine.step(value_at(plan.lr[phase.network], state.images) * state.lr_scale)
             _add(state.sums, phase.network, terms, norm)
+            if plan.augmentation.adaptive and "real_sign" in terms[0]:
+                signs = torch.stack([part["real_sign"] for part in terms]).mean()
+                sign = mean_over_ranks({"sign": signs.item()}, world)["sign"]
+                state.strength = steer(plan.augmentation, state.strength, sign, plan.batch)
 
         for name, average in state.averages.items():
             update_average(average, state.engines[name], batch=plan.batch,
@@ -152,10 +163,10 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def autocast(precision: str) -> AbstractContextManager[object]:
-    """bf16 autocast under "bf16", and under "auto" where the processor itself computes bf16."""
+    """fp16 or bf16 autocast under the precision of that name, bf16 under "auto" where the processor itself computes it."""
     if precision == "fp32" or (precision == "auto" and not has_bf16()):
         return nullcontext()
-    return torch.autocast(device().type, dtype=torch.bfloat16)
+    return torch.autocast(device().type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 @contextmanager
@@ -203,6 +214,8 @@ def _collect(state: State, plan: Plan, world: World) -> dict[str, float]:
             totals[f"{network}/{name}"] = totals.get(f"{network}/{name}", 0.0) + value
             counts[f"{network}/{name}"] = counts.get(f"{network}/{name}", 0) + finite
     metrics = {name: total / counts[name] if counts[name] else math.nan for name, total in totals.items()}
+    if plan.augmentation.adaptive:
+        metrics["augment_p"] = state.strength.p
     metrics["data_wait"] = state.waited_s / max(elapsed, 1e-9)
     metrics = mean_over_ranks(metrics, world)
     metrics["images_per_second"] = state.steps * plan.batch / max(elapsed, 1e-9)
@@ -211,7 +224,7 @@ def _collect(state: State, plan: Plan, world: World) -> dict[str, float]:
     if broken:
         raise NonFinite(f"{broken[0]} is not finite after {state.images} images; lower the learning rates or raise r1 and "
                         f"r2. The last checkpoint is good.")
-    if skipped:
+    if skipped and plan.precision != "fp16":  # whose scale is found by overflowing
         _rescue(state, plan, skipped)
         metrics["skipped_steps"], metrics["lr_scale"] = float(skipped), state.lr_scale
     return metrics

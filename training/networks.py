@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from training.checkpoint import load_checkpoint
 from training.draws import generator as draw
-from training.models import MODELS
+from training.models import make_gan
+from training.models.layers import Shape
 from training.recipe import TrainingConfig
 from training.world import device
 
-ImageShape = tuple[int, int, int]
 
-
-def make_networks(config: TrainingConfig, image_shape: ImageShape, seed: int) -> dict[str, nn.Module]:
+def make_networks(config: TrainingConfig, shape: Shape, seed: int) -> dict[str, nn.Module]:
     """Fresh networks on this process's device; the same seed gives the same weights on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw(seed, "weights", 0).initial_seed())
-        networks = MODELS[config.generator.model](config.generator, config.discriminator, image_shape)
+        networks = make_gan(config.generator, config.discriminator, shape, config.objective.pack)
     return {name: network.to(device()) for name, network in networks.items()}
 
 

@@ -18,10 +18,21 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, z: Tensor, batch: int = 250) -> Tensor:
-    """Images uint8 (N, C, H, W) of the latents z (N, latent_dim)."""
-    target = device()
-    return torch.cat([to_uint8(generator(part.to(target))) for part in z.split(batch)])
+def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batch: int = 250) -> Tensor:
+    """Images uint8 (N, C, H, W) of the latents z (N, latent_dim), in evaluation mode.
+
+    ``labels`` (N,) are the classes that a conditional generator is told; by default all in turn.
+    """
+    target, classes, training = device(), getattr(generator, "classes", 0), generator.training
+    if labels is None and classes:
+        labels = torch.arange(len(z)) % classes
+    generator.eval()
+    try:
+        return torch.cat([to_uint8(generator(z[start:start + batch].to(target),
+                                             None if labels is None else labels[start:start + batch].to(target)))
+                          for start in range(0, len(z), batch)])
+    finally:
+        generator.train(training)
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, gap: int = 1) -> None:

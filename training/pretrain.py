@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,23 +15,33 @@ import torch
 from data_shards import ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
+from data_shards.parts import chosen_ids
+from training.augment import NO_AUGMENTATION, read_strength
 from training.checkpoint import images_of, latest_valid, load_checkpoint, read_state, step_folder
 from training.config import content_id, result_fields
+from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
 from training.draws import latents
 from training.ema import make_average
 from training.engines import make_engine
-from training.events import append_event, cut_events
-from training.families import FAMILIES
+from training.events import append_event, cut_events, read_events
+from training.families import FAMILIES, Phase
 from training.folders import Folder, FolderT, base_name, inside, write_file
+from training.health import RollBack, Unhealthy, act, make_watch, observe, safe_images
 from training.loop import NonFinite, Plan, State, train
 from training.networks import load_weights, make_networks
+from training.objectives.packing import check_packing
 from training.pictures import generate, grid_png
-from training.recipe import TrainingRecipe, per_worker_batch
+from training.recipe import TrainingConfig, TrainingRecipe, check_groups, per_worker_batch
+from training.rollback import roll_back, scale_after
+from training.schedule import value_at
 from training.snapshots import Snapshots, check_metric, checkpoint_parts, report_begun, unreported
-from training.source import source_id, source_parts
+from training.source import source_id, source_parts, watched_ids
 from training.stopping import Stopped, stop_requests
+from training.vitals import look, what_to_look_at
 from training.wandb_log import open_run
-from training.world import World, from_rank_0
+from training.world import World, from_lead, from_rank_0
+
+logger = logging.getLogger("graft")
 
 Progress = Callable[[int, dict[str, float]], None]
 
@@ -80,14 +91,44 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
     config = recipe.training
     return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
                 lr={"generator": config.generator.lr, "discriminator": config.discriminator.lr},
-                weights={"r1": config.objective.r1, "r2": config.objective.r2},
+                weights=config.objective.penalties(), augmentation=config.augmentation,
                 every={"generator": config.generator.every, "discriminator": config.discriminator.every},
                 accumulation=config.engine.accumulation, rescues=config.rescues,
                 ema_halflife_images=config.ema_halflife_images, precision=config.precision,
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
 
 
+def _phases(config: TrainingConfig) -> list[Phase]:
+    return FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties, packed=config.objective.pack,
+                                   augmentation=config.augmentation)
+
+
+def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
+    """Raises `UserError` when conditional networks are not told the classes of one labelled source."""
+    told, there = recipe.training.generator.classes, len(source.manifest.classes)
+    if told and recipe.data.mix:
+        raise UserError(f"training.generator.classes = {told} needs the classes of one set, and data.mix names more; leave "
+                        "data.mix out, or set it to 0.")
+    if told and told != there:
+        raise UserError(f"training.generator.classes = {told}, and the source {source.path} has {there} classes; set it to "
+                        f"{there}, or to 0 for a generator that is told none.")
+
+
 def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: World, progress: Progress | None = None) -> FolderT:
+    """`train_on`, and again from an earlier checkpoint where the recipe's health section wants a rollback.
+
+    Raises:
+        Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
+        Unhealthy: when an alarm ends the run, or no checkpoint is from before it.
+    """
+    while True:
+        try:
+            return train_on(recipe, source, run, world, progress)
+        except RollBack as reason:
+            roll_back(inside(run, "pretrain"), reason.alarm, recipe.training.health, world)
+
+
+def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: World, progress: Progress | None = None) -> FolderT:
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
     Every rank calls it. Progress gets images seen and the metrics of each report on rank 0.
@@ -95,11 +136,15 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     Raises:
         Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
         NotWritten: when a checkpoint could not be written.
+        Unhealthy: when an alarm ends the run, or rolls it back.
     """
     config = recipe.training
     torch.set_num_threads(config.threads)
     parts = source_parts(recipe.data, source)
-    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams)
+    local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
+    check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
+    check_groups("training.batch", config.batch, world.size * config.engine.accumulation, config)
+    check_classes(recipe, source)
     folder = inside(run, "pretrain")
     newest = newest_checkpoint(folder, world)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
@@ -110,12 +155,18 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     if newest:
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
+    plan, phases = make_plan(recipe), _phases(config)
+    counted = _phases(config.model_copy(update={"augmentation": NO_AUGMENTATION}))  # it works element by element, mostly
+    blank = blank_batch(counted, source.manifest.image_shape, plan.latent_dim,
+                        {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch)
+    budget = Budget(known_flops(counted, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
     optimizers = {"generator": config.generator, "discriminator": config.discriminator}
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
-                                 state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
+                                 precision=config.precision, state=tensors.get(f"{name}_optimizer"))
+               for name, network in networks.items()}
     state = State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))},
                   images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0),
-                  **report_begun(saved, world))
+                  strength=read_strength(saved.get("augmentation")), **report_begun(saved, world))
 
     lead = world.rank == 0
     identity = pretrain_id(recipe, source)
@@ -127,6 +178,10 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         cut_events(events, state.images)
         reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
         write_file(folder, "reals.png", grid_png(reals))
+    watch = make_watch(config.health, from_lead(read_events(events) if lead else [], world))
+    state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
+    looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
+                             latent_dim=plan.latent_dim, packed=config.objective.pack) if config.health.every_images else None
     # W&B's own files need a folder of this machine.
     wandb_folder = run if isinstance(run, Path) else Path("runs", base_name(run)).resolve()
     wandb_run = open_run(recipe.wandb, folder=wandb_folder, group=recipe.name, job_type="pretrain",
@@ -135,13 +190,26 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
 
     def where(images: int) -> dict[str, int]:
         """Of a single set, pass and samples; a mixture's parts each have passes of their own, that follow from the clock."""
-        return position(images, source.manifest.splits["train"]) if len(parts) == 1 else {"images": images}
+        return position(images, len(chosen_ids(parts[0]))) if len(parts) == 1 else {"images": images}
+
+    reported = state.images - state.steps * config.batch  # as before a kill, so that health is looked at in the same reports
+    measured = state.images
 
     def report(state: State, metrics: dict[str, float]) -> None:
+        nonlocal reported, measured
+        if looked and state.images // config.health.every_images > reported // config.health.every_images:
+            with clock.timed("health"):
+                metrics |= look(looked, state.networks, world, local_batch // plan.accumulation, config.precision)
+        metrics |= cost_metrics(clock, budget, state.images - measured, world)
+        flags, news = observe(watch, state.images, metrics)
+        metrics |= flags
+        reported = measured = state.images
         check_metric(config.keep_best, metrics)
         newest_metrics.clear()
         newest_metrics.update(metrics)
         if lead:
+            for sentence in news:
+                logger.warning("%s", sentence)
             write = partial(append_event, events, stage="pretrain", images=state.images, metrics=metrics, seconds=time.time())
             if isinstance(events, Path):
                 write()
@@ -149,10 +217,17 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
                 snapshots.later(write)  # a store may take its time
             if wandb_run:
                 wandb_run.log(metrics, state.images)
+                for sentence in news:
+                    wandb_run.alert("graft health", sentence)
             if progress:
                 progress(state.images, metrics)
+        act(watch)
 
     def snapshot(state: State) -> None:
+        with clock.timed("checkpoint"):
+            begin_checkpoint(state)
+
+    def begin_checkpoint(state: State) -> None:
         share = snapshots.gather(checkpoint_parts(state), {"generator_ema": 0})
         samples = None
         if lead:
@@ -166,10 +241,10 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
              "image_shape": list(source.manifest.image_shape),
              "data_position": where(state.images),
              "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
-             "lr_scale": state.lr_scale, "rescues": state.rescues,
-             "augmentation": None, "world_size": world.size, "wandb_run_id": f"pretrain-{identity}",
-             "metrics": dict(newest_metrics), "unreported": unreported(state, world)},
-            {"samples.png": samples} if samples else {})
+             "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
+             "world_size": world.size, "wandb_run_id": f"pretrain-{identity}", "metrics": dict(newest_metrics),
+             "unreported": unreported(state, world)},
+            {"samples.png": samples} if samples else {}, safe=safe_images(watch.events, config.health))
         if wandb_run and samples:
             with tempfile.NamedTemporaryFile(suffix=".png") as file:
                 file.write(samples)
@@ -180,11 +255,12 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
                    pin_memory=torch.cuda.is_available())
     try:
-        with stop_requests(folder) as stop:
-            train(state, FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties), feed,
-                  make_plan(recipe), world=world, report=report, snapshot=snapshot, stop=stop, between=snapshots.settle)
+        clock = Clock()
+        with stop_requests(folder) as stop, timed_collectives(clock):
+            train(state, phases, clock.each("data", feed), plan, world=world, report=report, snapshot=snapshot, stop=stop,
+                  between=snapshots.settle)
         snapshots.wait()
-    except (Stopped, NonFinite):  # on all ranks alike
+    except (Stopped, NonFinite, Unhealthy):  # on all ranks alike
         snapshots.wait()
         raise
     finally:

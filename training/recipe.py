@@ -15,11 +15,14 @@ from pydantic import Field, field_validator, model_validator
 
 from data_shards.errors import UserError
 from data_shards.stores.places import parse_place
+from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, operational
 from training.engines import EngineConfig
+from training.health import HealthConfig
 from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
-from training.objectives import ObjectiveConfig
+from training.objectives import OBJECTIVES, ObjectiveConfig
+from training.objectives.packing import check_packing
 from training.schedule import Schedule, check_schedule
 from training.wandb_log import WandbConfig
 
@@ -35,6 +38,8 @@ class DataConfig(Config):
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
                                "then classes that are not named not at all")
+    held_back: int = Field(256, ge=0, description="images of a source without a reference split that pretraining leaves out, "
+                                                  "at most 1 in 20 of it, to watch the discriminator's overfitting on")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
@@ -61,12 +66,14 @@ class TrainingConfig(Config):
     generator: GeneratorConfig = GeneratorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
     batch: int = Field(64, ge=1, description="images per step over all workers")
     ema_halflife_images: Schedule = Field(5000.0, description="half-life of the generator's moving average, in images")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="bf16 autocasts where the processor computes bf16 itself under auto; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "bf16_weights", "fp16"] = Field(
+        "auto", description="bf16 and fp16 autocast over fp32 weights, auto to bf16 where the processor computes it itself; "
+                            "bf16_weights: the networks hold bf16 and DeepSpeed's optimizer, sharded, the fp32 masters")
     threads: int = Field(1, ge=1, description="CPU threads of each worker and trial")
     rescues: int = Field(3, ge=0, description="times that the learning rates are halved because steps were left out whose "
                                               "gradients were not finite; then training ends")
@@ -75,8 +82,47 @@ class TrainingConfig(Config):
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
     keep_best: str = operational("", "metric of the log whose best checkpoint is kept beside the newest; empty for none")
     keep_best_is: Literal["smallest", "largest"] = operational("smallest", "which value of keep_best is the best")
+    health: HealthConfig = HealthConfig()
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> TrainingConfig:
+        engine, names = self.engine, ("generator", "discriminator")
+        named = {"zero": engine.zero if isinstance(engine.zero, dict) else {}, "compile": engine.compile}
+        for key, networks in named.items():
+            for name in networks:
+                if name not in names:
+                    raise ValueError(f"engine.{key} names {name!r}, but the networks are {' and '.join(names)}")
+        penalised = any(any(value for _, value in weight) if isinstance(weight, list) else weight
+                        for weight in self.objective.penalties().values())
+        if "discriminator" in engine.compile and penalised:
+            raise ValueError("engine.compile cannot have the discriminator while it has gradient penalties, since a compiled "
+                             "network has no double backward; compile the generator only")
+        for name in engine.compile:
+            if engine.stage(name) == 3:
+                raise ValueError(f"engine.compile cannot have the {name} at ZeRO 3, which gathers weights between its layers; "
+                                 "use zero 2")
+        if engine.checkpoint_activations and engine.stage("discriminator") == 3 and penalised:
+            raise ValueError("engine.checkpoint_activations does not go with penalties at ZeRO 3, whose finite differences "
+                             "hold rectifiers in the forward pass only; use zero {generator: 3, discriminator: 2}")
+        if engine.stage("discriminator") == 3 and penalised and self.discriminator.minibatch_std:
+            raise ValueError("discriminator.minibatch_std does not go with penalties at ZeRO 3, whose finite differences need "
+                             "a logit that depends on one image; use zero {generator: 3, discriminator: 2}")
+        if engine.checkpoint_activations and self.discriminator.spectral_norm:
+            raise ValueError("engine.checkpoint_activations does not go with discriminator.spectral_norm, whose weights change "
+                             "with each forward pass; leave one of the two")
+        if self.precision == "bf16_weights":
+            if engine.kind != "deepspeed" or min(engine.stage(name) for name in names) < 2:
+                raise ValueError("precision bf16_weights needs engine.kind deepspeed and zero 2 or 3, which keep fp32 masters "
+                                 "of their share; or use bf16")
+            if engine.stage("discriminator") == 3 and penalised:
+                raise ValueError("precision bf16_weights does not go with penalties at ZeRO 3, whose finite differences need "
+                                 "fp32 weights; use precision bf16")
+        if self.precision == "fp16" and engine.kind != "torch":
+            raise ValueError("precision fp16 needs engine.kind torch, since DeepSpeed scales the loss for fp16 weights only; "
+                             "or use bf16")
+        return self
 
     @property
     def exact_penalties(self) -> bool:
@@ -87,6 +133,13 @@ class TrainingConfig(Config):
     def _known_model(self) -> TrainingConfig:
         if self.generator.model not in MODELS:
             raise ValueError(f"there is no such model; known: {', '.join(MODELS)}")
+        return self
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> TrainingConfig:
+        check_packing("training.batch", self.batch, self.engine.accumulation, self.objective.pack)
+        check_groups("training.batch", self.batch, self.engine.accumulation, self)
+        check_adaptive("training.augmentation", self.augmentation, self.objective)
         return self
 
 
@@ -112,6 +165,7 @@ class AdaptationConfig(Config):
     betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments")
     r1: Schedule = Field(1.0, description="weight of R1")
     r2: Schedule = Field(1.0, description="weight of R2")
+    augmentation: AugmentConfig = AugmentConfig()
     frozen_blocks: int = Field(2, ge=0, description="FreezeD: blocks of D, from the image side, that stay fixed")
     ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
 
@@ -119,10 +173,15 @@ class AdaptationConfig(Config):
 
 
 class EvaluationConfig(Config):
-    net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception")
+    net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception, "
+                                            "efficientnet-lite0, or the path of a .safetensors, .pt or .onnx net")
     samples: int = Field(500, ge=8, description="generated images per score")
     encoder_images: int = Field(120_000, ge=1, description="images seen by the in-domain encoder's training")
     encoder_threads: int = operational(2, "CPU threads of the in-domain encoder's training; sums differ in the last bits", ge=1)
+    during_pretraining: int = operational(0, "images between two scorings of a checkpoint while pretraining goes on; 0 does "
+                                             "none", ge=0)
+    during_scores: tuple[str, ...] = operational(("kid", "prdc", "collapse"), "the scores taken then; docs/SCORES.md has them")
+    against: str | None = operational(None, "set that the checkpoints are scored against; the source when null")
 
 
 class TrainingRecipe(Config):
@@ -142,7 +201,31 @@ class TrainingRecipe(Config):
         if self.adaptation.batch > self.adaptation.images:
             raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
                             f"{self.adaptation.batch}; raise it.")
+        check_packing("adaptation.batch", self.adaptation.batch, 1, self.training.objective.pack)
+        check_packing("meta.inner_batch", self.meta.inner_batch, 1, self.training.objective.pack)
+        check_groups("adaptation.batch", self.adaptation.batch, 1, self.training)
+        check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
+        check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         return self
+
+
+def check_groups(key: str, batch: int, parts: int, training: TrainingConfig) -> None:
+    """Refuse a global ``batch``, each of whose ``parts`` (ranks x micro-batches) is not of whole groups of minibatch deviation.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    group = training.discriminator.minibatch_std * training.objective.pack
+    if group and batch % (group * parts):
+        raise UserError(f"{key} = {batch} does not fall into groups of {group} images (training.discriminator.minibatch_std, "
+                        f"times the pack) in each of its {parts} parts; use a multiple of {group * parts}.")
+
+
+def check_adaptive(key: str, augmentation: AugmentConfig, objective: ObjectiveConfig) -> None:
+    """Refuse ADA's controller with a loss whose D does not say which images it takes for real."""
+    if augmentation.adaptive and OBJECTIVES[objective.loss].margin is None:
+        raise UserError(f"{key}.p = adaptive needs D's decision on real images, which {objective.loss} has none of; give p as "
+                        "a number or a schedule, or take another loss.")
 
 
 RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
@@ -213,8 +296,8 @@ def resolve(model: type[RecipeT], tree: Mapping[str, Any], *, where: str, overri
     return build(model, known, where=where, overrides=overrides)
 
 
-def per_worker_batch(batch: int, workers: int, streams: int) -> int:
-    """Global batch / workers.
+def per_worker_batch(batch: int, workers: int, streams: int, accumulation: int = 1) -> int:
+    """Global batch / workers, which the micro-batches of ``accumulation`` must divide.
 
     Raises:
         UserError: when the batch or the canonical streams do not divide, with the nearest values that do.
@@ -227,4 +310,7 @@ def per_worker_batch(batch: int, workers: int, streams: int) -> int:
         divisors = [str(w) for w in range(1, streams + 1) if streams % w == 0]
         raise UserError(f"{workers} workers do not divide the {streams} canonical streams (data.streams); "
                         f"use one of {', '.join(divisors)}.")
+    if batch // workers % accumulation:
+        raise UserError(f"training.batch = {batch} over {workers} workers is {batch // workers} images each, which "
+                        f"training.engine.accumulation = {accumulation} does not divide; lower it.")
     return batch // workers

@@ -28,7 +28,7 @@ def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, tru
     Raises:
         UserError: when the checkpoint is damaged or is no generator's.
     """
-    network, recipe, _ = _averaged_generator(checkpoint)
+    network, recipe, _ = averaged_generator(checkpoint)
     z = latents(seed, "samples", 0, count, recipe.training.generator.latent_dim)
     save_grid(generate(network, truncated(z, truncation)), out, columns=max(1, round(count**0.5)))
     return out
@@ -44,7 +44,7 @@ def sample_shards(checkpoint: Path, out: str, count: int, seed: int = 0, truncat
     Raises:
         UserError: when the checkpoint is damaged or is no generator's, or ``out`` is there already.
     """
-    network, recipe, state = _averaged_generator(checkpoint)
+    network, recipe, state = averaged_generator(checkpoint)
     provenance = {"checkpoint": "/".join(checkpoint.resolve().parts[-3:]), "checkpoint_sha256": checkpoint_hash(checkpoint),
                   "images_seen": state["images"], "network": "generator_ema", "seed": seed, "truncation": truncation}
     known: dict[int, np.ndarray] = {}
@@ -79,7 +79,8 @@ def truncated(z: Tensor, threshold: float | None) -> Tensor:
     return torch.special.ndtri(cut + torch.special.ndtr(z.double()) * (1 - 2 * cut)).clamp(-threshold, threshold).to(z)
 
 
-def _averaged_generator(checkpoint: Path) -> tuple[nn.Module, TrainingRecipe, dict[str, Any]]:
+def averaged_generator(checkpoint: Path) -> tuple[nn.Module, TrainingRecipe, dict[str, Any]]:
+    """The averaged generator of a checkpoint on this process's device, with the recipe and the state that lie beside it."""
     tensors, state = load_checkpoint(checkpoint, ("generator_ema",))
     recipe = resolve(TrainingRecipe, state["recipe"], where=str(checkpoint))
     network = make_networks(recipe.training, tuple(state["image_shape"]), 0)["generator"]

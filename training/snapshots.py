@@ -107,13 +107,15 @@ class Snapshots:
         self.stalled_s += time.monotonic() - began
         return {stem: named for stem, named in gathered.items() if dealt[stem] == self.world.rank}
 
-    def save(self, images: int, share: Tensors, state: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
+    def save(self, images: int, share: Tensors, state: Mapping[str, Any], files: Mapping[str, bytes] | None = None, *,
+             safe: int | None = None) -> None:
         """Begin the checkpoint of ``images``. Every rank must call it after `gather`.
 
         Args:
             share: what `gather` gave.
             state: JSON-ready, as `save_checkpoint` takes it.
             files: written by rank 0 into ``folder`` beside the checkpoint, once that exists.
+            safe: the newest checkpoint of at most so many images is kept too.
         """
         assert self._part is None, "gather waits for the checkpoint before"
         began = time.monotonic()
@@ -127,7 +129,7 @@ class Snapshots:
             commit(target, written, state, self._attempt)
             for name, data in (files or {}).items():
                 write_file(self.folder, name, data)
-            self._tidy(images)
+            self._tidy(images, safe)
 
         self._finish = finish
         if self.world.size == 1:
@@ -194,7 +196,7 @@ class Snapshots:
             self._commit = Future()
             self._commit.set_result(None)
 
-    def _tidy(self, images: int) -> None:
+    def _tidy(self, images: int, safe: int | None) -> None:
         """Choose the best checkpoint, and remove those that are neither it nor among the newest."""
         self._damaged = frozenset(name for name in self._damaged if images_of(name) > images)
         names = [name for name in steps(self.folder) if name not in self._damaged]
@@ -204,7 +206,7 @@ class Snapshots:
             content = {"schema_version": SCHEMA_VERSION, "metric": self.best, "better": self.better, "value": value,
                        "checkpoint": name, "images": images_of(name)}
             write_file(self.folder, BEST_FILE, _json(content))
-        prune(self.folder, self.keep, also=best[0] if best else "", ignore=self._damaged)
+        prune(self.folder, self.keep, safe, also=best[0] if best else "", ignore=self._damaged)
 
     def _submit(self, job: Callable[[], Any]) -> Future[Any]:
         if self._thread is None:  # a daemon: a rank that failed must not stay for a disk that hangs

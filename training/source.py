@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from data_shards import Part, ShardSet, class_parts, open_set
 from training.config import content_id
+from training.draws import generator
 from training.recipe import DataConfig
 
 
@@ -33,6 +37,8 @@ def source_sets(data: DataConfig) -> list[str]:
 def source_parts(data: DataConfig, source: ShardSet) -> list[Part]:
     """What pretraining mixes: the source set, by class if the recipe weighs its classes, and the sets of ``data.mix``.
 
+    The images that are held back (`held_back`) are not among them.
+
     Raises:
         UserError: for an unknown class, a weight that is not positive, or a set that cannot be opened.
     """
@@ -41,6 +47,8 @@ def source_parts(data: DataConfig, source: ShardSet) -> list[Part]:
         parts = class_parts(source, None if data.class_weights == "balanced" else data.class_weights)
         whole = sum(part.weight for part in parts)  # together the classes weigh what the set would
         parts = [Part(part.shard_set, part.weight / whole, part.split, part.subset) for part in parts]
+    if len(held := held_back(data, source)):
+        parts = [Part(source, part.weight, part.split, _without(source, part, held)) for part in parts]
     return parts + [Part(open_cached(set_place(data, name)), weight) for name, weight in data.mix.items()]
 
 
@@ -49,3 +57,30 @@ def source_id(data: DataConfig, source: ShardSet) -> str:
     if not data.mix:
         return source.manifest.sha256
     return content_id(source.manifest.sha256, *(open_cached(set_place(data, name)).manifest.sha256 for name in data.mix))
+
+
+def held_back(data: DataConfig, source: ShardSet) -> np.ndarray:
+    """The training images, as sample ids, that pretraining leaves out so that the discriminator can be asked about them:
+    none where the source has a reference split, else ``data.held_back`` of them, at most 1 in 20, whatever the seed."""
+    if source.manifest.splits["reference"]:
+        return np.empty(0, np.int64)
+    ids = source.indices()
+    count = min(data.held_back, len(ids) // 20)
+    return np.sort(ids[torch.randperm(len(ids), generator=generator(0, "held back", 0))[:count].numpy()])
+
+
+def watched_ids(data: DataConfig, source: ShardSet) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ids of the source that are trained on, and those of the same classes that are not."""
+    parts = [part for part in source_parts(data, source) if part.shard_set is source]
+    trained = np.unique(np.concatenate([source.indices() if part.subset is None else part.subset for part in parts]))
+    held = held_back(data, source)
+    other = held if len(held) else source.indices("reference")
+    labels = source.samples["label"]
+    return trained, other[np.isin(labels[other], np.unique(labels[trained]))]
+
+
+def _without(source: ShardSet, part: Part, held: np.ndarray) -> np.ndarray:
+    """A part's sample ids without those held back; a class of which nothing would be left keeps them."""
+    ids = source.indices(part.split) if part.subset is None else np.asarray(part.subset)
+    kept = np.setdiff1d(ids, held, assume_unique=True)
+    return kept if len(kept) else ids

@@ -12,6 +12,7 @@ from torch import Tensor
 from data_shards import ShardSet, load_images
 from data_shards.errors import UserError
 from training.draws import generator
+from training.metrics.extraction import image_features
 from training.metrics.features import FeatureNet, load_feature_net
 from training.source import open_cached
 from training.world import device
@@ -68,5 +69,5 @@ def load_target(path: str, shots: int, seed: int) -> Target:
 def target_features(path: str, shots: int, seed: int, net: str, run: str) -> dict[str, Tensor]:
     """Features of a target's three parts under the contract's net."""
     target, extractor = load_target(path, shots, seed), feature_net(net, run)
-    return {"support": extractor.extract(target.support), "held_back": extractor.extract(target.held_back),
-            "reference": extractor.extract(target.reference)}
+    parts = {"support": target.support, "held_back": target.held_back, "reference": target.reference}
+    return {name: image_features(images, extractor) for name, images in parts.items()}

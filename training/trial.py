@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data_shards import batches
 from data_shards.files import write_json
+from training.augment import Strength, read_strength
 from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint
 from training.config import apply_overrides, content_id, result_fields
 from training.draws import latents
@@ -127,8 +128,9 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
-        train(state, FAMILIES[recipe.training.family](recipe.training.objective.loss), support,
-              _plan(trial, recipe, until), report=report)
+        phases = FAMILIES[recipe.training.family](recipe.training.objective.loss, packed=recipe.training.objective.pack,
+                                                  augmentation=config.augmentation)
+        train(state, phases, support, _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
     else:
@@ -195,23 +197,26 @@ def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Targ
     if trial.checkpoint:
         load_start(networks, Path(trial.checkpoint))
     METHODS[trial.method].prepare(networks, config)
-    images = 0
+    images, strength = 0, Strength()
     tensors: dict[str, dict[str, Tensor]] = {}
     if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
         tensors, saved = load_checkpoint(folder / "best")
-        images = int(saved["images"])
+        images, strength = int(saved["images"]), read_strength(saved.get("augmentation"))
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{folder}/best/{name}.safetensors")
     optimizer = OptimizerConfig(lr=config.lr, betas=config.betas)
     engines = {name: make_engine(name, network, optimizer, EngineConfig(kind="torch"), World(), batch=config.batch,
                                  state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
-    return State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))}, images=images)
+    return State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))}, images=images,
+                 strength=strength)
 
 
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
     config: AdaptationConfig = recipe.adaptation
     return Plan(until=until, batch=config.batch, seed=trial.seed, latent_dim=recipe.training.generator.latent_dim,
-                lr={"generator": config.lr, "discriminator": config.lr}, weights={"r1": config.r1, "r2": config.r2},
+                lr={"generator": config.lr, "discriminator": config.lr},
+                weights={**recipe.training.objective.penalties(), "r1": config.r1, "r2": config.r2},
+                augmentation=config.augmentation,
                 ema_halflife_images=config.ema_halflife_images, precision=recipe.training.precision,
                 report_every_images=max(config.images // EVALUATIONS, config.batch))
 
@@ -224,6 +229,7 @@ def _save(trial: Trial, recipe: TrainingRecipe, state: State, folder: Path) -> N
         weights |= {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
     save_checkpoint(folder, weights, {"images": state.images, "recipe": recipe.model_dump(mode="json"),
                                       "image_shape": list(open_cached(trial.set_path).manifest.image_shape),
+                                      "augmentation": state.strength.as_json(),
                                       "rng": {"scheme": "sha256(seed/purpose/images)", "seed": trial.seed}})
 
 

@@ -14,7 +14,10 @@ import logging
 import netrc
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,6 +28,8 @@ from training.config import Config, operational
 
 INIT_TIMEOUT_S = 10.0
 FINISH_TIMEOUT_S = 15.0
+REQUEST_TIMEOUT_S = 5.0  # of a request that is tried twice; W&B's own defaults wait behind an alert for ever
+FINISH_GRACE_S = 20.0  # beyond the limit on uploads, for requests that are still being tried
 STEPS_PER_ATTEMPT = 1_000_000  # W&B's own step of attempt k starts here times k, so that it never runs backwards
 REDACTED = "[redacted]"
 
@@ -70,11 +75,23 @@ class WandbRun:
         """A table, one sequence per row; secrets in its text are redacted."""
         self._row(lambda wandb: {key: wandb.Table(columns=list(columns), data=[redact(list(row)) for row in rows])})
 
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run, waiting at most FINISH_TIMEOUT_S for uploads; what is left goes with `wandb sync`."""
-        run, self._run = self._run, None
+    def alert(self, title: str, text: str) -> None:
+        """A message to the run's owner, sent when the server is next reached."""
+        run = self._run
         if run is not None:
+            _guarded("alert", lambda: run.alert(title=title, text=redact(text), level="WARN"))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run, waiting at most FINISH_TIMEOUT_S for uploads; what is left goes with `wandb sync`, which is said."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        folder = Path(run.dir).parent
+        if run.offline:
             _guarded("finish", lambda: run.finish(exit_code=exit_code))
+        elif not _finished_in_time(run, exit_code) or _lost(folder):
+            _log.warning("W&B did not take all of this run, send it later with `wandb sync %s`.",
+                         folder)
 
     def _row(self, make: Callable[[Any], dict[str, Any]]) -> None:
         run = self._run
@@ -158,6 +175,10 @@ def open_run(
                 console="off",
                 init_timeout=INIT_TIMEOUT_S,
                 finish_timeout=FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                x_graphql_timeout_seconds=REQUEST_TIMEOUT_S,
+                x_graphql_retry_max=1,
+                x_graphql_retry_wait_max_seconds=1,
                 disable_git=True,
                 disable_code=True,
                 save_code=False,
@@ -171,7 +192,8 @@ def open_run(
 
     run = None
     if mode == "online":
-        run = _guarded("connect, so this process logs offline", lambda: start("online"))
+        run = _guarded(f"connect, so this process logs offline; send it later with `wandb sync {root / 'wandb'}/offline-run-*`",
+                       lambda: start("online"))
         _online_failed = run is None
         if _online_failed:
             _guarded("shut down", wandb.teardown, quiet=True)  # its service process still holds the run's id
@@ -182,6 +204,46 @@ def open_run(
         return WandbRun()
     _guarded("define its axis", lambda: (run.define_metric("images"), run.define_metric("*", step_metric="images")))
     return WandbRun(run, first_step=max(first_step, run.step))
+
+
+def _finished_in_time(run: Any, exit_code: int) -> bool:
+    """Finish an online run. W&B's own limit is for uploads alone: behind another request that it tries again and again it
+    waits for ever, here and once more at exit. The limits on requests prevent that where they hold; where they do not, its
+    service process is ended, and with it what it had not written yet."""
+    global _online_failed
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(bool(_guarded(
+        "finish", lambda: (run.finish(exit_code=exit_code), True), quiet=True))), daemon=True)
+    thread.start()
+    thread.join(FINISH_TIMEOUT_S + FINISH_GRACE_S)
+    if thread.is_alive():
+        _online_failed = True
+        for pid in _services():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        thread.join(FINISH_GRACE_S)
+        _guarded("shut down", importlib.import_module("wandb").teardown, quiet=True)
+        _log.warning("W&B's service did not end in time and was killed: its last rows are in the run's events.jsonl only.")
+        return False
+    return ended == [True]
+
+
+def _services() -> list[int]:
+    """W&B's service processes among this process's children."""
+    found = []
+    for status in glob.glob("/proc/[0-9]*/stat"):
+        with suppress(OSError):
+            head, _, tail = Path(status).read_text().rpartition(")")
+            pid, _, name = head.partition(" (")
+            if name.startswith("wandb-core") and int(tail.split()[1]) == os.getpid():
+                found.append(int(pid))
+    return found
+
+
+def _lost(folder: Path) -> bool:
+    """Whether W&B's service gave up on sending the run in ``folder``: it says so only in its own log."""
+    log = folder / "logs" / "debug-internal.log"
+    return log.is_file() and "filestream: fatal error" in log.read_text(errors="replace")
 
 
 def choose_mode(mode: str) -> str:

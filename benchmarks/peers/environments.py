@@ -27,6 +27,8 @@ _PINS = {
         "obstore==0.12.1",
     ),
 }
+# What runs in this very environment: all that it needs is here for graft's own tests.
+_BESIDE = {"lightning": ("lightning==2.6.1",)}
 # What mosaicml-streaming imports of torchvision and transformers at start, none of which reading a set uses.
 _STUBS = {
     "torchvision/__init__.py": "",
@@ -65,6 +67,20 @@ def python_of(peer: str) -> str:
                 (packages / name).write_text(content)
         mark.write_text(wanted)
     return str(folder / "bin" / "python")
+
+
+def target_of(peer: str) -> list[Path]:
+    """Folders that a peer which runs in this very environment needs on its path, installed on first use."""
+    if peer not in _BESIDE:
+        return []
+    folder = HOME / "-".join(pin.replace("==", "-") for pin in _BESIDE[peer])
+    if not folder.is_dir():
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+                        "--target", str(partial), *_BESIDE[peer]], check=True)
+        partial.rename(folder)
+    return [folder]
 
 
 def versions() -> dict[str, str]:

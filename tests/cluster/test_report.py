@@ -383,3 +383,20 @@ def test_the_search_trials_show_on_demand(page: str, tmp_path: Path) -> None:
     assert "<title>0</title>" in dom_after(page, tmp_path, probe)
     shown = dom_after(page, tmp_path, "document.getElementById('show-search').click();" + probe)
     assert f"<title>{len(PAIRS) * 6}</title>" in shown
+
+
+def test_health_and_cost_stand_on_the_page_with_alarms_marked(tmp_path: Path) -> None:
+    for i, ratio in enumerate((0.9, 0.9, 0.2, 0.2, 0.2, 0.2, 0.9), 1):
+        append_event(tmp_path / "pretrain" / "events.jsonl", stage="pretrain", images=1000 * i, metrics={
+            "health/distance_ratio": ratio, "health/nearest_ratio": 1.0, "health/collapse": float(i in (5, 6)),
+            "images_per_second": 100.0, "cost/gflop_per_image": 0.5, "cost/share_of_peak": 0.25, "cost/peak_memory_gb": 1.0,
+            "cost/peak_measured": 1.0, "cost/data": 0.01, "cost/communication": "<b>1</b>"})
+    page = build_report(tmp_path).read_text()
+    assert "collapse since 3 000" in page or "collapse since 3000 images" in page
+    assert "collapse is over" in page and page.count('class="alarm"') == 1
+    assert "0.5 GFLOP an image, 32 a step; 100 images/s" in page and "<b>1</b>" not in page
+    quiet = tmp_path / "quiet"
+    append_event(quiet / "pretrain" / "events.jsonl", stage="pretrain", images=10, metrics={"health/distance_ratio": 0.9})
+    assert "No alarm." in build_report(quiet).read_text()
+    (tmp_path / "empty").mkdir()
+    assert "Nothing was looked at." in build_report(tmp_path / "empty").read_text()

@@ -39,6 +39,8 @@ def test_a_wrong_key_names_the_nearest_right_one(tmp_path: Path, key: str, right
 @pytest.mark.parametrize(("overrides", "sentence"), [
     ({"training.objective.loss": "wasserstain"}, "no such objective; known: relativistic"),
     ({"training.generator.model": "x"}, "no such model; known: dcgan"),
+    ({"training.discriminator.minibatch_std": 3}, "training.batch = 8 does not fall into groups of 3 images"),
+    ({"training.generator.r3gan.block": 2}, "did you mean 'training.generator.r3gan.blocks'"),
     ({"training.batch": 0}, "training.batch = 0 is refused"), ({"adaptation.lr": "abc"}, "adaptation.lr = 'abc' is refused"),
     ({"training.generator.lr": -1.0}, "not negative"),
     ({"adaptation.batch": 64}, "adaptation.images = 32 is less than one batch")])

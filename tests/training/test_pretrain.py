@@ -29,7 +29,8 @@ from training.world import World
 def metrics_log(run: Path) -> list[dict[str, Any]]:
     """The log without its time fields."""
     timed = ("images_per_second", "data_wait")
-    return [{"images": event["images"], **{k: v for k, v in event["metrics"].items() if k not in timed}}
+    return [{"images": event["images"], **{k: v for k, v in event["metrics"].items()
+                                            if k not in timed and not k.startswith("cost/")}}
             for event in read_events(run / "pretrain" / "events.jsonl")]
 
 

@@ -23,7 +23,7 @@ from training.events import read_events
 from training.pretrain import pretrain
 from training.world import World
 
-TIMED = ("images_per_second", "data_wait")
+TIMED = ("images_per_second", "data_wait", "cost/")
 Weights = dict[str, dict[str, Tensor]]
 Order = dict[int, list[int]]  # checksums of this rank's samples, by images seen before the batch
 
@@ -56,7 +56,7 @@ def run(recipe: Any, root: Path, name: str, world: World, order: Order, cut_at: 
 
 
 def metrics_log(folder: Path) -> list[dict[str, Any]]:
-    return [{"images": event["images"], **{k: v for k, v in event["metrics"].items() if k not in TIMED}}
+    return [{"images": event["images"], **{k: v for k, v in event["metrics"].items() if not k.startswith(TIMED)}}
             for event in read_events(folder / "pretrain" / "events.jsonl")]
 
 

@@ -256,3 +256,26 @@ def test_a_server_that_never_answers_costs_one_timeout_and_the_run_goes_offline(
         assert [entry["item"]["loss"] for entry in items(offline, "history")] == [1.0]
     seconds = dict(line.split() for line in done.stdout.splitlines() if line.split()[0] in ("one", "two"))
     assert float(seconds["two"]) < 5.0, "the second run waited for the network again"
+
+
+@pytest.mark.parametrize(("at_start", "later"), [
+    ("refuse", "refuse"), ("401", "401"), ("500", "500"), ("hang", "hang"),
+    ("well", "die"), ("well", "500"), ("well", "401"), ("well", "hang"), ("well", "well")])
+def test_a_server_that_misbehaves_neither_stalls_nor_ends_the_run_and_nothing_is_lost(
+        tmp_path: Path, at_start: str, later: str) -> None:
+    command = [sys.executable, "-m", "tests.training.wandb_server", str(tmp_path), at_start, later]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    started, logged, finished = (float(word) for word in done.stdout.split()[1:])
+    assert started < 30 and logged < 10 and finished < 40, "timeouts of 3 s and two requests of 5 s, on a busy machine"
+    pattern = "run-*-a1b2c3" if at_start == "well" else "offline-run-*-a1b2c3"
+    (kept,) = (tmp_path / "wandb").glob(pattern)
+    assert [entry["item"]["loss"] for entry in items(kept, "history")] == [float(row) for row in range(30)]
+    said = [line for line in done.stderr.splitlines() if line.startswith("WARNING ") and "wandb sync" in line]
+    if later == "well":
+        assert said == []
+    else:
+        (sentence,) = said
+        place = str(kept) if at_start == "well" else f"{tmp_path / 'wandb'}/offline-run-*"
+        assert f"`wandb sync {place}`" in sentence

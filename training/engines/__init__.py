@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
+from pydantic import model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from training.config import Config, operational
 from training.engines.torch import TorchEngine
@@ -18,20 +21,42 @@ Zero = Literal[0, 1, 2, 3]
 
 
 class EngineConfig(Config):
-    kind: Literal["deepspeed", "torch"] = operational("deepspeed", "who steps the networks; both give the same numbers")
+    kind: Literal["auto", "deepspeed", "torch"] = operational(
+        "auto", "who steps the networks, to the same numbers; auto: torch alone in one process that offloads nothing, where "
+                "there is nothing to share, else deepspeed")
     zero: Zero | dict[str, Zero] = operational(
         2, "DeepSpeed's ZeRO stage, of all networks or by name ({generator: 3, discriminator: 1}): what each rank holds only "
            "its share of; 1 the optimizer's state, 2 also the gradients, 3 also the weights")
     offload_optimizer: bool = operational(False, "keep the optimizer's state in the CPU's memory and step there")
     offload_parameters: bool = operational(False, "ZeRO 3: keep each rank's share of the weights in the CPU's memory")
     persistence_threshold: int = operational(100_000, "ZeRO 3: weights of fewer values are kept whole on every rank", ge=0)
+    checkpoint_activations: bool = operational(
+        False, "keep only what goes into each block of a network, and compute the rest again in the backward pass")
+    compile: tuple[str, ...] = operational(
+        (), "networks that torch.compile compiles; not one whose penalties are by double backward")
     accumulation: int = operational(1, "micro-batches of a step, one after another; each needs memory for its share only", ge=1)
 
+    @model_validator(mode="after")
+    def _possible(self) -> EngineConfig:
+        stages = self.zero.values() if isinstance(self.zero, dict) else [self.zero]
+        if self.kind == "torch" and (self.offload_optimizer or self.offload_parameters):
+            raise ValueError("the plain engine offloads nothing; use kind deepspeed")
+        if self.offload_optimizer and 0 in stages:
+            raise ValueError("ZeRO 0 has no share of the optimizer's state to offload; use zero 1, 2 or 3")
+        if self.offload_parameters and 3 not in stages:
+            raise ValueError("only ZeRO 3 has shares of the weights to offload; use zero 3")
+        return self
+
     def stage(self, network: str) -> Zero:
-        """The ZeRO stage of a network; the plain engine shards nothing."""
+        """The ZeRO stage of a network under DeepSpeed; the plain engine shards nothing."""
         if self.kind == "torch":
             return 0
         return self.zero.get(network, 2) if isinstance(self.zero, dict) else self.zero
+
+    def plain(self, world: World) -> bool:
+        """Whether the plain engine is the one to use."""
+        return self.kind == "torch" or (self.kind == "auto" and world.size == 1
+                                        and not (self.offload_optimizer or self.offload_parameters))
 
 
 class Engine(Protocol):
@@ -73,25 +98,31 @@ class Engine(Protocol):
 
 
 def make_engine(name: str, module: nn.Module, optimizer: OptimizerConfig, engine: EngineConfig, world: World, *,
-                batch: int, state: OptimizerState | None = None) -> Engine:
+                batch: int, precision: str = "fp32", state: OptimizerState | None = None) -> Engine:
     """The engine ``engine.kind`` around the network ``name``, whose weights must be the same on every rank.
 
     Args:
         batch: this rank's images per step.
+        precision: of the training; "bf16_weights" makes the module's weights bf16, "fp16" scales the loss.
         state: optimizer state of a checkpoint, at any world size and stage.
     """
-    if engine.kind == "torch":
-        return TorchEngine(module, optimizer, world, accumulation=engine.accumulation, state=state)
+    if engine.checkpoint_activations:
+        for block in module.blocks:  # type: ignore[union-attr]  # Module.__getattr__ is untyped
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if name in engine.compile:
+        module.compile()
+    if engine.plain(world):
+        return TorchEngine(module, optimizer, world, accumulation=engine.accumulation, scales=precision == "fp16", state=state)
     from training.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(module, optimizer, world, engine, zero=engine.stage(name),
-                           batch=batch // engine.accumulation, state=state)
+    return DeepSpeedEngine(module, optimizer, world, engine, zero=engine.stage(name), batch=batch // engine.accumulation,
+                           bf16=precision == "bf16_weights", state=state)
 
 
 def whole_weights(engine: Engine, to: int | None = None) -> dict[str, Tensor]:
     """The network's state dict, whole, on the CPU: float32 weights and buffers. A collective."""
     weights = engine.gather(engine.masters(), to)
     if to in (None, engine.world.rank):
-        weights |= {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()
-                    if name not in weights}
+        weights |= {name: (value.float() if value.is_floating_point() else value).detach().cpu().clone()
+                    for name, value in engine.module.state_dict().items() if name not in weights}
     return weights

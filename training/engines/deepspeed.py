@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from training.engines import EngineConfig, OptimizerState
 
 
-def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float) -> dict[str, Any]:
+def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float,
+                     bf16: bool) -> dict[str, Any]:
     """DeepSpeed's dict, every default that the library has changed under its users written out."""
     stage: dict[str, Any] = {"stage": zero, "round_robin_gradients": False, "overlap_comm": False}
     if config.offload_optimizer:
@@ -44,6 +45,8 @@ def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float
         "zero_allow_untested_optimizer": True,  # ours are torch's own; DeepSpeed's "Adam" is AdamW and compiles for a minute
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": stage,
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -51,7 +54,7 @@ def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float
 
 class DeepSpeedEngine:
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, config: EngineConfig, *, zero: int,
-                 batch: int, state: OptimizerState | None = None) -> None:
+                 batch: int, bf16: bool = False, state: OptimizerState | None = None) -> None:
         _ensure_group()
         # DeepSpeed would compile its shared-memory collectives with g++ here, a minute on first use; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -64,9 +67,14 @@ class DeepSpeedEngine:
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.slots, self.length = lay_out(self.named)
         self.client = make_optimizer(self.named.values(), optimizer)
+        exact = {name: p.detach().cpu().clone() for name, p in self.named.items()} if bf16 else {}
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=self.client, config=deepspeed_config(config, zero=zero, batch=batch, clip=self.clip))
+            model=module, optimizer=self.client,
+            config=deepspeed_config(config, zero=zero, batch=batch, clip=self.clip, bf16=bf16))
         self.micro_batches = 0
+        if bf16:  # DeepSpeed made its masters from weights that it had rounded
+            for master, whole in zip(self.masters(), self.share(exact), strict=True):
+                master.data.copy_(whole)
         if state:
             for master, values in zip(self.masters(), share_state(state, self), strict=True):
                 self.client.state[master] = values

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from training.engines import OptimizerState
 
 ALIGN = 16  # floats: 64 bytes, as an allocation of its own would have
+GROWTH_STEPS = 2000  # of finite gradients, after which the scale of an fp16 loss is doubled
 
 
 class TorchEngine:
     def __init__(self, module: nn.Module, optimizer: OptimizerConfig, world: World, *, accumulation: int = 1,
-                 state: OptimizerState | None = None) -> None:
+                 scales: bool = False, state: OptimizerState | None = None) -> None:
         self.module = module
         self.world = world
         self.accumulation = accumulation
@@ -37,11 +38,20 @@ class TorchEngine:
             parameter.data = values
             parameter.grad = gradient  # backward adds into it
         self.optimizer = make_optimizer([self.flat], optimizer)
+        # fp16 gradients underflow: the loss is scaled by this, and it is halved when they overflow (Micikevicius et al. 2018).
+        self.scale = torch.tensor(2.0**16 if scales else 1.0, device=place)
+        self.good_steps = torch.tensor(0.0, device=place) if scales else None
         if state:
-            self.optimizer.state[self.flat] = share_state(state, self)[0]
+            moments = dict(state)
+            for name in ("scale", "good_steps"):
+                if f"loss_{name}" in moments:
+                    setattr(self, name, moments.pop(f"loss_{name}").to(place))
+            self.optimizer.state[self.flat] = share_state(moments, self)[0]
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation if self.accumulation > 1 else loss).backward()
+        if self.accumulation > 1 or self.good_steps is not None:
+            loss = loss * (self.scale / self.accumulation)
+        loss.backward()
 
     def step(self, lr: float) -> Tensor:
         gradient = self.flat.grad
@@ -49,15 +59,23 @@ class TorchEngine:
         if self.world.size > 1:
             dist.all_reduce(gradient)
             gradient /= self.world.size
+        if self.good_steps is not None:
+            gradient /= self.scale
         norm = torch.linalg.vector_norm(gradient)
         if self.clip:
             gradient *= clip_scale(norm, self.clip)
         # Decided on the device, so that it is not waited for: a step of a non-finite gradient is left out.
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]  # read by fused optimizers
+        broken = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = broken  # type: ignore[attr-defined]  # read by fused optimizers
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         gradient.zero_()
+        if self.good_steps is not None:
+            self.good_steps = (self.good_steps + 1) * (1 - broken)
+            grown = (self.good_steps >= GROWTH_STEPS).float()
+            self.scale = self.scale * torch.where(broken > 0, 0.5, 1 + grown)
+            self.good_steps = self.good_steps * (1 - grown)
         return norm
 
     def masters(self) -> list[Tensor]:
@@ -72,7 +90,10 @@ class TorchEngine:
         return [join(named, self.slots, self.length).to(self.flat.device)]
 
     def optimizer_state(self, to: int | None = None) -> dict[str, Tensor]:
-        return gather_state([self.optimizer.state[self.flat]], self, to)
+        found = gather_state([self.optimizer.state[self.flat]], self, to)
+        if self.good_steps is not None:
+            found |= {"loss_scale": self.scale.cpu(), "loss_good_steps": self.good_steps.cpu()}
+        return found
 
     def close(self) -> None:
         """The network's gradients no longer lie in the engine's buffer."""

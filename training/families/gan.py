@@ -2,48 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from training.augment import NO_AUGMENTATION, AugmentConfig, augment
 from training.families.phase import Batch, Networks, Phase, Terms
-from training.objectives import OBJECTIVES
-from training.objectives.penalties import finite_difference_norms, squared_gradient_norms
+from training.objectives import OBJECTIVES, PENALTIES
+from training.objectives.packing import pack
+from training.objectives.penalties import between, finite_difference_norms, squared_gradient_norms
 
 
-def gan_phases(objective: str, *, exact: bool = True) -> list[Phase]:
-    """Discriminator, then generator, with R1 and R2 penalties weighted by ``weights["r1"]`` and ``["r2"]``.
+def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
+               augmentation: AugmentConfig = NO_AUGMENTATION) -> list[Phase]:
+    """Discriminator, then generator. The batch's ``weights`` hold the penalties', named as in `PENALTIES`, and "augment",
+    the augmentation's probability; what has no weight is not computed.
+
+    The penalties are on D as a function of what it sees, that is after augmentation and packing.
 
     Args:
         exact: penalties by double backward; else by finite differences, which need single backward passes only (ZeRO 3).
+        packed: images that D judges together.
     """
     adversarial = OBJECTIVES[objective]
+    draws = augmentation.draws()
+
+    def shown(images: Tensor, batch: Batch, purpose: str) -> Tensor:
+        """What D sees of images (N, C, H, W): (N / packed, packed C, H, W)."""
+        if draws:
+            images = augment(augmentation, images, batch.uniforms[purpose], batch.weights.get("augment", 0.0))
+        return pack(images, packed)
 
     def discriminator(networks: Networks, batch: Batch) -> Terms:
-        network = networks["discriminator"]
         with torch.no_grad():
-            fake = networks["generator"](batch.latents["discriminator"]).float()
-        both = torch.cat([batch.images, fake])
-        penalised = bool(batch.weights["r1"] or batch.weights["r2"])
-        if penalised and not exact:
-            logits, norms = finite_difference_norms(network, both)
-        else:
-            logits = network(both.requires_grad_(penalised))
-            norms = squared_gradient_norms(logits, both) if penalised else torch.zeros(())
-        real_logits, fake_logits = logits.float().chunk(2)
-        loss = adversarial.discriminator(real_logits, fake_logits)
+            fake = _told(networks["generator"], batch.latents["discriminator"], batch.labels).float()
+            fake = shown(fake, batch, "discriminator fake")
+            points = {"real": shown(batch.images, batch, "discriminator real"), "fake": fake}
+        weights = {name: weight for name in PENALTIES if (weight := batch.weights.get(name, 0.0))}
+        penalised = {PENALTIES[name].at for name in weights}
+        if "between" in penalised:
+            share = batch.uniforms["discriminator between"][:len(fake), 0].to(fake)
+            points["between"] = between(points["real"], fake, share)
+        logits, norms = _judge(networks["discriminator"], points, batch.labels, penalised, exact=exact)
+        loss = adversarial.discriminator(logits["real"], logits["fake"])
         terms = {"total": loss, "adversarial": loss.detach(),
-                 "real_logit": real_logits.detach().mean(), "fake_logit": fake_logits.detach().mean()}
-        if penalised:
-            r1, r2 = (half.mean() for half in norms.chunk(2))
-            terms["total"] = loss + batch.weights["r1"] / 2 * r1 + batch.weights["r2"] / 2 * r2
-            terms |= {"r1": r1.detach(), "r2": r2.detach()}
+                 "real_logit": logits["real"].detach().mean(), "fake_logit": logits["fake"].detach().mean()}
+        if adversarial.margin:
+            terms["real_sign"] = adversarial.margin(logits["real"], logits["fake"]).detach().sign().mean()
+        for name, weight in weights.items():
+            penalty = PENALTIES[name].value(norms[PENALTIES[name].at]).mean()
+            terms["total"] = terms["total"] + weight * penalty
+            terms[name] = penalty.detach()
         return terms
 
     def generator(networks: Networks, batch: Batch) -> Terms:
-        fake = networks["generator"](batch.latents["generator"])
-        with torch.no_grad():
-            real_logits: Tensor = networks["discriminator"](batch.images).float()
-        loss = adversarial.generator(real_logits, networks["discriminator"](fake).float())
+        fake = _told(networks["generator"], batch.latents["generator"], batch.labels).float()
+        fake_logits = _told(networks["discriminator"], shown(fake, batch, "generator fake"), batch.labels).float()
+        real_logits = torch.zeros_like(fake_logits)
+        if adversarial.paired:
+            with torch.no_grad():
+                real = shown(batch.images, batch, "generator real")
+                real_logits = _told(networks["discriminator"], real, batch.labels).float()
+        loss = adversarial.generator(real_logits, fake_logits)
         return {"total": loss, "adversarial": loss.detach()}
 
-    return [Phase("discriminator", discriminator), Phase("generator", generator)]
+    return [Phase("discriminator", discriminator, uniforms={"real": draws, "fake": draws, "between": 1}),
+            Phase("generator", generator, uniforms={"real": draws, "fake": draws})]
+
+
+def _told(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """What a network makes of ``inputs``; a conditional one is told their classes."""
+    outputs: Tensor = network(inputs, labels) if _is_told(network) else network(inputs)
+    return outputs
+
+
+def _is_told(network: nn.Module) -> bool:
+    return bool(getattr(network, "classes", 0))
+
+
+def _judge(network: nn.Module, points: dict[str, Tensor], labels: Tensor, penalised: AbstractSet[str], *,
+           exact: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Logits at all points, in float32, and squared gradient norms at those that are penalised.
+
+    What is not penalised is judged apart, which spares it the second backward; by finite differences all is judged together.
+    Points judged together alternate, so that D's layers over several samples, which take those n / group apart, see one kind.
+    """
+    groups = [[point for point in points if point not in penalised], [point for point in points if point in penalised]]
+    if penalised and not exact:
+        groups = [[], list(points)]
+    logits: dict[str, Tensor] = {}
+    norms: dict[str, Tensor] = {}
+    for group, differentiated in zip(groups, (False, True), strict=True):
+        if not group:
+            continue
+        images = torch.stack([points[point] for point in group], 1).flatten(0, 1)
+        told = labels.repeat_interleave(len(group))
+        if differentiated and not exact:
+            judged, squares = finite_difference_norms(network, images, told if _is_told(network) else None)
+        else:
+            judged = _told(network, images.requires_grad_(differentiated), told)
+            squares = squared_gradient_norms(judged, images) if differentiated else torch.empty(0)
+        logits |= dict(zip(group, judged.float().unflatten(0, (-1, len(group))).unbind(1), strict=True))
+        if differentiated:
+            norms |= dict(zip(group, squares.unflatten(0, (-1, len(group))).unbind(1), strict=True))
+    return logits, norms

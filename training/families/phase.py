@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ class Batch:
     labels: Tensor  # int64 (N,), -1 where there is none
     latents: Mapping[str, Tensor]  # one independent draw per phase, (N, latent_dim)
     weights: Mapping[str, float]  # scheduled weights at this point of training
+    uniforms: Mapping[str, Tensor] = field(default_factory=dict)  # "<network> <purpose>": U[0, 1), float64 (N, count), CPU
 
     def parts(self, count: int) -> Iterator[Batch]:
         """``count`` micro-batches, strided as the ranks' shares are: entry k of the batch is in part k mod ``count``, so that
@@ -26,13 +27,15 @@ class Batch:
         for i in range(count):
             yield self if count == 1 else Batch(
                 self.images[i::count], self.labels[i::count], {name: z[i::count] for name, z in self.latents.items()},
-                self.weights)
+                self.weights, {name: u[i::count] for name, u in self.uniforms.items()})
 
 
 @dataclass(frozen=True)
 class Phase:
     """One network's step: ``loss`` returns named scalars, the first of which, "total", is what goes backward. Each is a mean
-    over the images given, so that the mean over parts and ranks is that of the whole batch."""
+    over the images given, so that the mean over parts and ranks is that of the whole batch. ``uniforms`` says how many numbers
+    of U[0, 1) the loss needs for each image, by purpose."""
 
     network: str
     loss: Callable[[Networks, Batch], Terms]
+    uniforms: Mapping[str, int] = field(default_factory=dict)

