@@ -9,7 +9,7 @@ figure to trust where other programs share the machine.
 - two workers: graft beside two independent plain loops that run at the same time, which is the limit of the machine;
 - peers: DeepSpeed's GAN tutorial and a Lightning module, the non-saturating loss without penalties that they have; in float32,
   and each at its documented defaults, where graft's is bf16 on processors that have it;
-- memory: peak of a rank by ZeRO stage over what its imports take, networks eight times as wide, batches of two.
+- memory: what a rank's tensors hold between two steps by ZeRO stage, networks eight times as wide, batches of two.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def defaults(base: Job) -> tuple[list[Contestant], str]:
 
 
 def memory(base: Job) -> tuple[list[Contestant], str]:
-    job = replace(base, batch=2, width=base.width * 8, warm=2, steps=3, penalties=False)
+    job = replace(base, batch=2, width=base.width * 8, warm=1, steps=1, penalties=False)
     return [Contestant("plain torch", "plain", job), *(
         Contestant(f"graft x 2, ZeRO {zero}", "graft", replace(job, kind="deepspeed", zero=zero), 2) for zero in range(4))
             ], "graft x 2, ZeRO 0"
@@ -122,7 +122,7 @@ def compare(part: str, contestants: list[Contestant], against: str, rounds: int)
 
 
 def measure(contestant: Contestant) -> Figures:
-    """Images/s summed over the workers, images per processor second, and the largest worker's memory over its imports."""
+    """Images/s summed over the workers, images per processor second, and the largest worker's tensors between two steps."""
     port = free_port()
     processes = []
     for rank in range(contestant.workers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Iterator
 
@@ -19,7 +18,6 @@ from training.world import join_world
 
 
 def main() -> None:
-    importlib.import_module("training.engines.deepspeed")  # so that its imports are not counted as its memory
     job = given.read_job()
     world = join_world()
     settings, batch = given.config(job), job.batch * world.size

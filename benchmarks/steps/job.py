@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ from training.world import device
 
 SEED, KEPT, BETAS, LR, HALF_LIFE = 0, 64, (0.0, 0.99), 2e-4, 5000.0
 
-IMPORTS_MIB: list[float] = []  # what the process held before it made networks
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Job:
 def read_job() -> Job:
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
-    IMPORTS_MIB.append(peak_mib())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.precision == "auto"
     return job
 
@@ -108,12 +106,15 @@ def synchronise() -> None:
 
 def tell(job: Job, seconds: float, cpu_seconds: float) -> None:
     print(json.dumps({"images_per_second": job.batch * job.steps / seconds,
-                      "images_per_cpu_second": job.batch * job.steps / cpu_seconds, "state_mib": peak_mib() - IMPORTS_MIB[0]}),
-          flush=True)
+                      "images_per_cpu_second": job.batch * job.steps / cpu_seconds, "state_mib": tensors_mib()}), flush=True)
 
 
-def peak_mib() -> float:
-    """The most memory that this process has held: the device's, or the CPU's where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def tensors_mib() -> float:
+    """What all tensors of this process hold between two steps: weights, gradients, moments, averages, and the images kept."""
+    gc.collect()
+    held = {}
+    for found in gc.get_objects():
+        if type(found) in (Tensor, nn.Parameter):
+            storage = found.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values()) / 2**20

@@ -28,10 +28,15 @@ if TYPE_CHECKING:
     from training.engines import EngineConfig, OptimizerState
 
 
-def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float,
-                     bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's dict, every default that the library has changed under its users written out."""
-    stage: dict[str, Any] = {"stage": zero, "round_robin_gradients": False, "overlap_comm": False}
+def deepspeed_config(config: EngineConfig, *, zero: int, batch: int, clip: float, bf16: bool,
+                     weights: int) -> dict[str, Any]:
+    """DeepSpeed's dict, every default that the library has changed under its users written out.
+
+    Args:
+        weights: of the network; by default ZeRO 3 sets a buffer of 5e8 values aside, however small the network.
+    """
+    stage: dict[str, Any] = {"stage": zero, "round_robin_gradients": False, "overlap_comm": False,
+                             "reduce_bucket_size": min(weights, 10_000_000)}
     if config.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
     if zero == 3:
@@ -70,7 +75,8 @@ class DeepSpeedEngine:
         exact = {name: p.detach().cpu().clone() for name, p in self.named.items()} if bf16 else {}
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=self.client,
-            config=deepspeed_config(config, zero=zero, batch=batch, clip=self.clip, bf16=bf16))
+            config=deepspeed_config(config, zero=zero, batch=batch, clip=self.clip, bf16=bf16,
+                                    weights=self.length))
         self.micro_batches = 0
         if bf16:  # DeepSpeed made its masters from weights that it had rounded
             for master, whole in zip(self.masters(), self.share(exact), strict=True):
