@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 MARKERS ?=
-BENCH ?= $(filter-out __init__ scale,$(basename $(notdir $(wildcard benchmarks/*.py))))
+BENCH ?= $(filter-out __init__ scale chaos,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.graft-installed
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -54,7 +54,8 @@ scale: $(STAMP)  ## two million images in two thousand shards over an S3 server,
 science: $(STAMP)  ## published results reproduced in their long form: mixtures in the plane
 	$(BIN)/python -m benchmarks.science.mixtures
 
-chaos: $(STAMP)  ## kill a small run in pretraining and in the fan-out, and compare it with one that was not killed
+chaos: $(STAMP)  ## kill a pretraining a hundred times, and a whole run twice, and compare with runs that were not killed
+	$(BIN)/python -m benchmarks.chaos
 	$(BIN)/python -m pytest tests/cluster/test_run.py
 
 multinode: $(STAMP)  ## faults on clusters of several nodes, network namespaces as hosts where this is root; minutes

@@ -300,7 +300,8 @@ def _folder(text: str) -> Path:
     from data_shards.errors import UserError
 
     if "://" in text:
-        raise UserError(f"--out {text} is a URL; this version writes to a local or shared path, such as runs/demo.")
+        raise UserError(f"--out {text} is a URL, to which only `python -m training RECIPE` writes so far; give a local or "
+                        "shared path, such as runs/demo.")
     return Path(text)
 
 

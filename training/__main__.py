@@ -9,14 +9,18 @@ from pathlib import Path
 
 from data_shards import UserError, open_set
 from data_shards.errors import Failure
+from training.checkpoint import NotWritten
 from training.config import parse_overrides
 from training.cost import cost_line
 from training.events import read_events
+from training.folders import inside, run_folder
+from training.health import Unhealthy
+from training.loop import NonFinite
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
-from training.stopping import STOP_FILE
-from training.world import join_world
+from training.stopping import STOP_FILE, Stopped
+from training.world import from_rank_0, join_world, leave_world
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,31 +28,39 @@ def main(arguments: list[str] | None = None) -> int:
                                      epilog="example: torchrun --nproc-per-node 2 -m training recipes/smoke.yaml")
     parser.add_argument("recipe", help="a recipe file, or a name in recipes/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe")
-    parser.add_argument("--out", type=Path, help="the run's folder (default runs/<recipe name>)")
+    parser.add_argument("--out", help="the run's folder, or its URL in an object store (default runs/<recipe name>)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         recipe = read_recipe(TrainingRecipe, options.recipe, parse_overrides(options.set))
         source = open_set(set_place(recipe.data, recipe.data.source))
         world = join_world()
-        run = (options.out or Path("runs") / recipe.name).resolve()
-        if done := finished_pretraining(recipe, source, run / "pretrain"):
-            print(f"already trained: {done}")
+        run = run_folder(options.out or f"runs/{recipe.name}")
+        folder = inside(run, "pretrain")
+        done = from_rank_0(lambda: str(finished_pretraining(recipe, source, folder) or ""), world)
+        if done:
+            if world.rank == 0:
+                print(f"already trained: {done}")
+            leave_world(world)
             return 0
         if world.rank == 0:
             each = per_worker_batch(recipe.training.batch, world.size, recipe.data.streams)
             print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
-            (run / "pretrain" / STOP_FILE).unlink(missing_ok=True)
+            if isinstance(folder, Path):
+                (folder / STOP_FILE).unlink(missing_ok=True)
         checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training.images))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Failure as failure:
         print(failure, file=sys.stderr)
+        if isinstance(failure, Stopped | NonFinite | NotWritten | Unhealthy):  # on all ranks alike
+            leave_world(world)
         return 1
     if world.rank == 0:
-        print(cost_line(read_events(run / "pretrain" / "events.jsonl"), recipe.training.batch))
+        print(cost_line(read_events(inside(folder, "events.jsonl")), recipe.training.batch))
         print(f"checkpoint: {checkpoint}")
+    leave_world(world)
     return 0
 
 

@@ -83,13 +83,15 @@ Snapshot = Callable[[State], None]
 
 
 def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan: Plan, *, world: World | None = None,
-          report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None) -> State:
+          report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None,
+          between: Callable[[], None] | None = None) -> State:
     """Train until ``plan.until`` images have been seen.
 
     Args:
         batches: this rank's share of each global batch, from the position ``state.images`` on.
         report: called with the means of all terms over the ranks since the last call, and images/s.
         snapshot: called after a report of finite values.
+        between: called before each step, when all ranks are at the same place.
         stop: whether this rank was asked to stop; if any was, all do, within `CHECK_EVERY_STEPS` steps and after a snapshot.
 
     Raises:
@@ -114,6 +116,8 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
                 _check_finite(state, world)
                 snapshot(state)
             raise Stopped(state.images)
+        if between:
+            between()
 
         started = time.monotonic()
         given = next(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -35,7 +36,13 @@ def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batc
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, gap: int = 1) -> None:
-    """Write uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG at native resolution."""
+    """Write `grid_png` to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(grid_png(images, columns, gap))
+
+
+def grid_png(images: Tensor, columns: int = 8, gap: int = 1) -> bytes:
+    """uint8 images (N, C, H, W), C = 1 or 3, row by row as one PNG at native resolution."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 128, dtype=torch.uint8)
@@ -43,5 +50,6 @@ def save_grid(images: Tensor, path: Path, columns: int = 8, gap: int = 1) -> Non
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[:, top:top + height, left:left + width] = image
     array = sheet.permute(1, 2, 0).contiguous().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array[..., 0] if channels == 1 else array).save(path)
+    file = io.BytesIO()
+    Image.fromarray(array[..., 0] if channels == 1 else array).save(file, format="PNG")
+    return file.getvalue()

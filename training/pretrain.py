@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +17,29 @@ from data_shards.errors import UserError
 from data_shards.order import position
 from data_shards.parts import chosen_ids
 from training.augment import NO_AUGMENTATION, read_strength
-from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
+from training.checkpoint import images_of, latest_valid, load_checkpoint, read_state, step_folder
 from training.config import content_id, result_fields
 from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
 from training.draws import latents
-from training.ema import make_average, whole_average
-from training.engines import make_engine, whole_weights
+from training.ema import make_average
+from training.engines import make_engine
 from training.events import append_event, cut_events, read_events
 from training.families import FAMILIES, Phase
-from training.health import RollBack, act, make_watch, observe, safe_images
-from training.loop import Plan, State, train
+from training.folders import Folder, FolderT, base_name, inside, write_file
+from training.health import RollBack, Unhealthy, act, make_watch, observe, safe_images
+from training.loop import NonFinite, Plan, State, train
 from training.networks import load_weights, make_networks
 from training.objectives.packing import check_packing
-from training.pictures import generate, save_grid
+from training.pictures import generate, grid_png
 from training.recipe import TrainingConfig, TrainingRecipe, check_groups, per_worker_batch
 from training.rollback import roll_back, scale_after
 from training.schedule import value_at
+from training.snapshots import Snapshots, check_metric, checkpoint_parts, report_begun, unreported
 from training.source import source_id, source_parts, watched_ids
-from training.stopping import stop_requests
+from training.stopping import Stopped, stop_requests
 from training.vitals import look, what_to_look_at
 from training.wandb_log import open_run
-from training.world import World, from_lead
+from training.world import World, from_lead, from_rank_0
 
 logger = logging.getLogger("graft")
 
@@ -48,7 +53,7 @@ def pretrain_id(recipe: TrainingRecipe, source: ShardSet) -> str:
     return content_id(recipe.seed, fields, result_fields(recipe.data), source_id(recipe.data, source))
 
 
-def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path) -> Path | None:
+def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: FolderT) -> FolderT | None:
     """The checkpoint of a pretraining that has seen all its images, else None.
 
     Raises:
@@ -57,7 +62,7 @@ def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path)
     newest = latest_valid(folder)
     if newest is None:
         return None
-    _, state = load_checkpoint(newest, ("generator_ema",))
+    state = read_state(newest)
     check_same_pretraining(state, recipe, source, folder)
     whole = -(-recipe.training.images // recipe.training.batch) * recipe.training.batch
     if state["images"] > whole:
@@ -66,9 +71,20 @@ def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: Path)
     return newest if state["images"] >= recipe.training.images else None
 
 
-def check_same_pretraining(state: dict[str, Any], recipe: TrainingRecipe, source: ShardSet, folder: Path) -> None:
+def check_same_pretraining(state: dict[str, Any], recipe: TrainingRecipe, source: ShardSet, folder: Folder) -> None:
     if state["pretrain_id"] != pretrain_id(recipe, source):
         raise UserError(f"{folder} holds a pretraining by other settings or on other data; give another --out or remove it.")
+
+
+def newest_checkpoint(folder: FolderT, world: World) -> FolderT | None:
+    """The newest whole checkpoint; rank 0 looks, lest ranks find different ones while a killed run's writer still ends."""
+
+    def look() -> int | None:
+        newest = latest_valid(folder)
+        return images_of(newest) if newest else None
+
+    images = from_rank_0(look, world)
+    return None if images is None else step_folder(folder, images)
 
 
 def make_plan(recipe: TrainingRecipe) -> Plan:
@@ -98,8 +114,8 @@ def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
                         f"{there}, or to 0 for a generator that is told none.")
 
 
-def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
-             step: Callable[[int], None] | None = None) -> Path:
+def pretrain(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: World, progress: Progress | None = None,
+             step: Callable[[int], None] | None = None) -> FolderT:
     """`train_on`, and again from an earlier checkpoint where the recipe's health section wants a rollback.
 
     Raises:
@@ -110,18 +126,19 @@ def pretrain(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
         try:
             return train_on(recipe, source, run, world, progress, step)
         except RollBack as reason:
-            roll_back(run / "pretrain", reason.alarm, recipe.training.health, world)
+            roll_back(inside(run, "pretrain"), reason.alarm, recipe.training.health, world)
 
 
-def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, progress: Progress | None = None,
-             step: Callable[[int], None] | None = None) -> Path:
+def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: World, progress: Progress | None = None,
+             step: Callable[[int], None] | None = None) -> FolderT:
     """Train until the recipe's images are seen, from the newest good checkpoint in ``run/pretrain`` on; returns the last one.
 
-    Every rank calls it; rank 0 writes. Progress gets images seen and the metrics of each report on rank 0; ``step`` gets the
-    images seen before each step, on every rank.
+    Every rank calls it. Progress gets images seen and the metrics of each report on rank 0; ``step`` gets the images seen
+    before each step, on every rank.
 
     Raises:
         Stopped: when SIGTERM or the file `stopping.STOP_FILE` asked for it; there is a checkpoint of that moment.
+        NotWritten: when a checkpoint could not be written.
         Unhealthy: when an alarm ends the run, or rolls it back.
     """
     config = recipe.training
@@ -131,8 +148,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
     check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
     check_groups("training.batch", config.batch, world.size * config.engine.accumulation, config)
     check_classes(recipe, source)
-    folder = run / "pretrain"
-    newest = latest_valid(folder)
+    folder = inside(run, "pretrain")
+    newest = newest_checkpoint(folder, world)
     tensors, saved = load_checkpoint(newest) if newest else ({}, {"images": 0, "wandb_run_id": None})
     if newest:
         check_same_pretraining(saved, recipe, source, folder)
@@ -152,40 +169,55 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
                for name, network in networks.items()}
     state = State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))},
                   images=int(saved["images"]), lr_scale=saved.get("lr_scale", 1.0), rescues=saved.get("rescues", 0),
-                  strength=read_strength(saved.get("augmentation")))
+                  strength=read_strength(saved.get("augmentation")), **report_begun(saved, world))
 
     lead = world.rank == 0
     identity = pretrain_id(recipe, source)
-    events = folder / "events.jsonl"
+    events = inside(folder, "events.jsonl")
+    snapshots = Snapshots(folder, world, resumed=state.images, keep=config.keep_checkpoints, best=config.keep_best,
+                          better=config.keep_best_is)
+    newest_metrics: dict[str, float] = saved.get("metrics") or {}
     if lead:
         cut_events(events, state.images)
-        save_grid(next(batches(source, batch=32, seed=recipe.seed, streams=1)).images, folder / "reals.png")
+        reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
+        write_file(folder, "reals.png", grid_png(reals))
     watch = make_watch(config.health, from_lead(read_events(events) if lead else [], world))
     state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
     looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
                              latent_dim=plan.latent_dim, packed=config.objective.pack) if config.health.every_images else None
-    wandb_run = open_run(recipe.wandb, folder=run, group=recipe.name, job_type="pretrain", run_id=f"pretrain-{identity}",
-                         name="pretrain", settings=recipe.model_dump(mode="json")) if lead else None
+    # W&B's own files need a folder of this machine.
+    wandb_folder = run if isinstance(run, Path) else Path("runs", base_name(run)).resolve()
+    wandb_run = open_run(recipe.wandb, folder=wandb_folder, group=recipe.name, job_type="pretrain",
+                         run_id=f"pretrain-{identity}", name="pretrain",
+                         settings=recipe.model_dump(mode="json")) if lead else None
 
     def where(images: int) -> dict[str, int]:
         """Of a single set, pass and samples; a mixture's parts each have passes of their own, that follow from the clock."""
         return position(images, len(chosen_ids(parts[0]))) if len(parts) == 1 else {"images": images}
 
-    reported = state.images
+    reported = state.images - state.steps * config.batch  # as before a kill, so that health is looked at in the same reports
+    measured = state.images
 
     def report(state: State, metrics: dict[str, float]) -> None:
-        nonlocal reported
+        nonlocal reported, measured
         if looked and state.images // config.health.every_images > reported // config.health.every_images:
             with clock.timed("health"):
                 metrics |= look(looked, state.networks, world, local_batch // plan.accumulation, config.precision)
-        metrics |= cost_metrics(clock, budget, state.images - reported, world)
+        metrics |= cost_metrics(clock, budget, state.images - measured, world)
         flags, news = observe(watch, state.images, metrics)
         metrics |= flags
-        reported = state.images
+        reported = measured = state.images
+        check_metric(config.keep_best, metrics)
+        newest_metrics.clear()
+        newest_metrics.update(metrics)
         if lead:
             for sentence in news:
                 logger.warning("%s", sentence)
-            append_event(events, stage="pretrain", images=state.images, metrics=metrics)
+            write = partial(append_event, events, stage="pretrain", images=state.images, metrics=metrics, seconds=time.time())
+            if isinstance(events, Path):
+                write()
+            else:
+                snapshots.later(write)  # a store may take its time
             if wandb_run:
                 wandb_run.log(metrics, state.images)
                 for sentence in news:
@@ -196,29 +228,31 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
 
     def snapshot(state: State) -> None:
         with clock.timed("checkpoint"):
-            write(state)
+            begin_checkpoint(state)
 
-    def write(state: State) -> None:
-        weights = {name: whole_weights(engine, to=0) for name, engine in state.engines.items()}
-        weights |= {f"{name}_ema": whole_average(average, state.engines[name], to=0)
-                    for name, average in state.averages.items()}
-        weights |= {f"{name}_optimizer": engine.optimizer_state(to=0) for name, engine in state.engines.items()}
-        if not lead:
-            return
-        save_checkpoint(step_folder(folder, state.images), weights, {
-            "images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
-            "image_shape": list(source.manifest.image_shape),
-            "data_position": where(state.images),
-            "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
-            "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
-            "world_size": world.size, "wandb_run_id": f"pretrain-{identity}"})
-        prune(folder, config.keep_checkpoints, safe_images(watch.events, config.health))
-        z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
-        pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
-        load_weights(pictured, weights["generator_ema"], what="the generator's average")
-        save_grid(generate(pictured, z), folder / "samples.png")
-        if wandb_run:
-            wandb_run.log_image("samples", folder / "samples.png")
+    def begin_checkpoint(state: State) -> None:
+        share = snapshots.gather(checkpoint_parts(state), {"generator_ema": 0})
+        samples = None
+        if lead:
+            z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
+            pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
+            load_weights(pictured, share["generator_ema"], what="the generator's average")
+            samples = grid_png(generate(pictured, z))
+        snapshots.save(
+            state.images, share,
+            {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
+             "image_shape": list(source.manifest.image_shape),
+             "data_position": where(state.images),
+             "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
+             "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
+             "world_size": world.size, "wandb_run_id": f"pretrain-{identity}", "metrics": dict(newest_metrics),
+             "unreported": unreported(state, world)},
+            {"samples.png": samples} if samples else {}, safe=safe_images(watch.events, config.health))
+        if wandb_run and samples:
+            with tempfile.NamedTemporaryFile(suffix=".png") as file:
+                file.write(samples)
+                file.flush()
+                wandb_run.log_image("samples", Path(file.name))
 
     feed = batches(parts, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
@@ -227,8 +261,13 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: Path, world: World, 
         clock = Clock()
         with stop_requests(folder) as stop, timed_collectives(clock):
             train(state, phases, _noted(clock.each("data", feed), state, step), plan, world=world, report=report,
-                  snapshot=snapshot, stop=stop)
+                  snapshot=snapshot, stop=stop, between=snapshots.settle)
+        snapshots.wait()
+    except (Stopped, NonFinite, Unhealthy):  # on all ranks alike
+        snapshots.wait()
+        raise
     finally:
+        snapshots.close()
         for engine in state.engines.values():
             engine.close()
         if wandb_run:

@@ -80,6 +80,8 @@ class TrainingConfig(Config):
     report_every_images: int = operational(4096, "images between two lines of the metrics log", ge=1)
     snapshot_every_images: int = operational(32768, "images between two checkpoints", ge=1)
     keep_checkpoints: int = operational(2, "newest checkpoints kept", ge=2)
+    keep_best: str = operational("", "metric of the log whose best checkpoint is kept beside the newest; empty for none")
+    keep_best_is: Literal["smallest", "largest"] = operational("smallest", "which value of keep_best is the best")
     health: HealthConfig = HealthConfig()
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)

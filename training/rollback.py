@@ -3,17 +3,16 @@ are removed, and the run begins again from what is then the newest."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
-from training.checkpoint import checkpoint_problem, load_checkpoint, step_folder
+from training.checkpoint import checkpoint_problem, images_of, read_state, remove_checkpoint, steps
 from training.events import append_event, cut_events, read_events
+from training.folders import Folder, inside
 from training.health import Alarm, Event, HealthConfig, Unhealthy
 from training.world import World, from_lead
 
 
-def roll_back(folder: Path, alarm: Alarm, config: HealthConfig, world: World) -> None:
+def roll_back(folder: Folder, alarm: Alarm, config: HealthConfig, world: World) -> None:
     """Make the newest whole checkpoint of at most ``alarm.safe`` images the newest, and note in the log how often this was
     done (``health/rollbacks``) and by how much the learning rates are lower from there (``lr_scale``). A collective.
 
@@ -33,18 +32,19 @@ def scale_after(events: Sequence[Event], images: int, saved: float) -> float:
     return scales[-1] if scales else saved
 
 
-def _go_back(folder: Path, alarm: Alarm, config: HealthConfig) -> int | None:
-    steps = sorted(folder.glob("step-*"), reverse=True)
-    good = [step for step in steps if step <= step_folder(folder, alarm.safe) and checkpoint_problem(step) is None]
+def _go_back(folder: Folder, alarm: Alarm, config: HealthConfig) -> int | None:
+    names = steps(folder)
+    good = [name for name in names if images_of(name) <= alarm.safe and checkpoint_problem(inside(folder, name)) is None]
     if not good:
         return None
-    _, state = load_checkpoint(good[0], ("generator",))
-    events, log = read_events(folder / "events.jsonl"), folder / "events.jsonl"
+    state = read_state(inside(folder, good[-1]))
+    log = inside(folder, "events.jsonl")
+    events = read_events(log)
     done = max((int(event["metrics"].get("health/rollbacks", 0)) for event in events), default=0)
     scale = scale_after(events, state["images"], float(state.get("lr_scale", 1.0))) * config.rollback_lr
     # The log is cut last: a run that is killed before it resumes from the good checkpoint and comes to the alarm again.
-    for step in steps[:steps.index(good[0])]:
-        shutil.rmtree(step)
+    for name in reversed(names[names.index(good[-1]) + 1:]):
+        remove_checkpoint(inside(folder, name))
     cut_events(log, state["images"])
     append_event(log, stage="pretrain", images=state["images"],
                  metrics={"health/rollbacks": float(done + 1), "lr_scale": scale})

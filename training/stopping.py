@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_shards.errors import Failure
+from training.folders import Folder
 
 STOP_FILE = ".stop"
 RESIZE_FILE = ".resize"  # the same, from who wants to go on with another number of ranks
@@ -27,9 +28,9 @@ class Stopped(Failure):
 
 
 @contextmanager
-def stop_requests(folder: Path) -> Iterator[StopAsked]:
+def stop_requests(folder: Folder) -> Iterator[StopAsked]:
     """Whether, since the block began, this process got SIGTERM (only in a main thread can it be caught) or somebody made
-    the file `STOP_FILE` or `RESIZE_FILE` in ``folder``."""
+    the file `STOP_FILE` or `RESIZE_FILE` in ``folder``, where that is not in an object store."""
     asked = threading.Event()
 
     def note(_signal: int, _frame: FrameType | None) -> None:
@@ -38,7 +39,8 @@ def stop_requests(folder: Path) -> Iterator[StopAsked]:
     catches = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, note) if catches else None
     try:
-        yield lambda: asked.is_set() or (folder / STOP_FILE).exists() or (folder / RESIZE_FILE).exists()
+        yield lambda: asked.is_set() or (isinstance(folder, Path) and (
+            (folder / STOP_FILE).exists() or (folder / RESIZE_FILE).exists()))
     finally:
         if catches:
             signal.signal(signal.SIGTERM, before)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from data_shards.errors import Failure, UserError
+
+LEAVE_TIMEOUT_S = 30.0
 
 Shared = TypeVar("Shared")
 
@@ -38,6 +46,29 @@ def join_world() -> World:
     return current_world()
 
 
+def leave_world(world: World) -> None:
+    """Leave the group, all ranks together: one that is still in its last collective when another leaves can abort.
+
+    The ranks wait for each other at the launcher's store, not by a collective, which would be the last one in its turn.
+    """
+    if world.size == 1:
+        return
+    store = distributed_c10d._get_default_store()
+    with suppress(RuntimeError):  # the store goes with rank 0, or with a launcher that has given up
+        _count_up(store, "graft/done", world.size)
+        _count_up(store, "graft/left", world.size if world.rank == 0 else 0)
+    dist.destroy_process_group()
+
+
+def _count_up(store: distributed_c10d.Store, key: str, wanted: int) -> None:
+    """Add one, and wait a while until ``wanted`` ranks have."""
+    until = time.monotonic() + LEAVE_TIMEOUT_S
+    count = store.add(key, 1)
+    while count < wanted and time.monotonic() < until:
+        time.sleep(0.005)
+        count = store.add(key, 0)
+
+
 def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
     """Mean of each named value over the ranks; every rank must pass the same names."""
     if world.size == 1:
@@ -64,6 +95,45 @@ def any_rank(value: bool, world: World) -> bool:
     flag = torch.tensor([float(value)], device=device())
     dist.all_reduce(flag)
     return bool(flag.item())
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """The JSON-ready values of all ranks, by rank. A collective."""
+    if world.size == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device()))
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device())
+    padded[:len(data)] = data
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+
+
+def from_rank_0(action: Callable[[], Any], world: World) -> Any:
+    """What ``action`` returns on rank 0, JSON-ready, on every rank; its `UserError` or `Failure` likewise. A collective."""
+    said: dict[str, Any] = {}
+    if world.rank == 0:
+        try:
+            said = {"value": action()}
+        except (UserError, Failure) as error:
+            if world.size == 1:
+                raise
+            said = {"error": str(error), "user": isinstance(error, UserError)}
+    found = gather_json(said, world)[0]
+    if "error" in found:
+        raise (UserError if found["user"] else Failure)(found["error"])
+    return found["value"]
+
+
+def largest_over_ranks(value: int, world: World) -> int:
+    """The largest of the ranks' values. A collective."""
+    if world.size == 1:
+        return value
+    found = torch.tensor([value], device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def device() -> torch.device:

@@ -19,8 +19,10 @@ from data_shards.stores.places import parse_place
 __all__ = ["MAX_READ", "LocalStore", "Store", "open_store"]
 
 
-def open_store(place: str | os.PathLike[str]) -> Store:
+def open_store(place: str | os.PathLike[str], *, patience_s: float = 0.0) -> Store:
     """Returns the folder at `place`; nothing is read yet, so that a missing folder shows at the first read.
+
+    A store that refuses is asked again at least for `patience_s` seconds.
 
     `place` is a local path, `file:///path`, `https://host/path`, `s3://bucket/path`, `gs://`, `az://`, `abfs://`, or
     `memory://` for tests. Raises `UserError` for every other address (`places.parse_place`), and for an object store
@@ -28,12 +30,12 @@ def open_store(place: str | os.PathLike[str]) -> Store:
     """
     parsed = parse_place(place)
     if parsed.local is not None:
-        return LocalStore(parsed.name, parsed.local)
+        return LocalStore(parsed.name, parsed.local, patience_s)
     if parsed.scheme in ("http", "https"):
         from data_shards.stores.web import WebStore
 
-        return WebStore(parsed.name)
+        return WebStore(parsed.name, patience_s=patience_s)
     from data_shards.stores.objects import ObjectStore, check_package
 
     check_package(parsed.scheme)
-    return ObjectStore(parsed.name)
+    return ObjectStore(parsed.name, patience_s=patience_s)

@@ -27,6 +27,7 @@ class Store:
 
     name: str  # path or URL, for messages
     local: Path | None = None  # the folder, if it lies on this machine
+    patience_s: float = 0.0  # for how long at least what may pass is tried again
 
     def read(self, name: str, start: int = 0, end: int | None = None, *, cap: int = MAX_READ) -> bytes:
         """Returns bytes [start, end) of a file, fewer only where the file ends; `end` None reads to its end.
@@ -61,7 +62,7 @@ class Store:
         """Whether the file is there; raises `UserError` if that cannot be found out."""
         what = f"{self.where(name)} cannot be looked up"
         try:
-            retried(lambda: self._size(name), what, self._remedy())
+            retried(lambda: self._size(name), what, self._remedy(), self.patience_s)
         except FileNotFoundError:
             return False
         return True
@@ -72,7 +73,7 @@ class Store:
         Files with other names than a set's (`places.check_name`) are left out; a missing folder is empty.
         """
         try:
-            found = retried(self._names, f"{self.name} cannot be listed", self._remedy())
+            found = retried(self._names, f"{self.name} cannot be listed", self._remedy(), self.patience_s)
         except FileNotFoundError:
             return []
         return sorted(name for name in found if _is_name(name))
@@ -89,7 +90,7 @@ class Store:
         """Removes a file, if it is there."""
         what = f"{self.where(name)} cannot be removed"
         try:
-            retried(lambda: self._remove(name), what, self._remedy())
+            retried(lambda: self._remove(name), what, self._remedy(), self.patience_s)
         except FileNotFoundError:
             return
 
@@ -99,7 +100,7 @@ class Store:
 
     def _try(self, what: str, action: Callable[[], T]) -> T:
         try:
-            return retried(action, what, self._remedy())
+            return retried(action, what, self._remedy(), self.patience_s)
         except FileNotFoundError:
             raise UserError(f"{what} (it does not exist); check the address, or fetch or pack the set again") from None
 

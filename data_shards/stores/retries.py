@@ -64,8 +64,10 @@ _TRANSIENT_NAMES = {
 _OURS = (TypeError, AttributeError, NameError, LookupError, AssertionError, MemoryError)
 
 
-def retried(action: Callable[[], T], what: str, remedy: str) -> T:
+def retried(action: Callable[[], T], what: str, remedy: str, patience_s: float = 0.0) -> T:
     """Runs `action`, again after errors that may pass: time-outs, lost connections, 5xx answers, throttling.
+
+    It is tried again for at least `patience_s` seconds, however many tries that takes.
 
     `FileNotFoundError` passes through for the caller to judge. Any other error, or a passing one that did not pass in
     `TRIES` tries, becomes a `UserError` of `what` ("s3://b/x.tar, bytes 0-99, cannot be read"), reason and `remedy`.
@@ -82,11 +84,12 @@ def retried(action: Callable[[], T], what: str, remedy: str) -> T:
             if isinstance(error, _OURS):
                 raise
             passing = is_transient(error)
-            if not passing or tries >= TRIES or time.monotonic() - began > GIVE_UP_AFTER_S:
+            waited = time.monotonic() - began
+            if not passing or ((tries >= TRIES or waited > GIVE_UP_AFTER_S) and waited >= patience_s):
                 often = f" in {tries} tries" if passing else ""
                 # Not chained: an error of a client library may hold signed addresses.
                 raise UserError(f"{what}{often} ({reason(error)}); {remedy}") from None
-        time.sleep(FIRST_WAIT_S * 2 ** (tries - 1) * random.uniform(0.5, 1.0))
+        time.sleep(FIRST_WAIT_S * 2 ** min(tries - 1, TRIES - 2) * random.uniform(0.5, 1.0))
 
 
 def time_limit_s(size: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import ipaddress
 import os
 import ssl
@@ -11,8 +12,9 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -107,6 +109,56 @@ class FakeServer:
 
     def close(self) -> None:
         self.ended.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join(5)
+
+
+class RefusingProxy:
+    """Passes requests on to the server at ``target``, or answers 503 where `refuses` (method, path) says so."""
+
+    def __init__(self, target: str) -> None:
+        self.refuses: Callable[[str, str], bool] = lambda method, path: False
+        self.refused = 0
+        host = urllib.parse.urlsplit(target).netloc
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if outer.refuses(self.command, self.path):
+                    outer.refused += 1
+                    status, data, headers = 503, b"<Error><Code>SlowDown</Code></Error>", {}
+                else:
+                    link = http.client.HTTPConnection(host, timeout=30)
+                    link.request(self.command, self.path, body, dict(self.headers.items()))
+                    found = link.getresponse()
+                    status, data, headers = found.status, found.read(), dict(found.getheaders())
+                    link.close()
+                length = headers.pop("Content-Length", str(len(data)))
+                self.send_response_only(status)
+                for name, value in headers.items():
+                    if name not in ("Transfer-Encoding", "Connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", length)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join(5)
