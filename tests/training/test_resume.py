@@ -60,11 +60,11 @@ def metrics_log(folder: Path) -> list[dict[str, Any]]:
             for event in read_events(folder / "pretrain" / "events.jsonl")]
 
 
-def whole_and_cut(world: World, root: str, kind: str, zero: int) -> list[str]:
+def whole_and_cut(world: World, root: str, kind: str, zero: int, precision: str) -> list[str]:
     """What differs between a run and one that was cut at four places, between reports and right after a checkpoint too."""
     folder = Path(root)
-    recipe = toy_recipe(folder, engine={"kind": kind, "zero": zero}, images=96, report_every_images=40,
-                        snapshot_every_images=16)
+    recipe = toy_recipe(folder, engine={"kind": kind, "zero": zero, "persistence_threshold": 0}, images=96,
+                        report_every_images=40, snapshot_every_images=16, precision=precision)
     whole, parts = {}, {}  # type: ignore[var-annotated]
     expected = run(recipe, folder, "whole", world, whole)
     for cut_at in (8, 32, 56, 88):
@@ -80,11 +80,14 @@ def whole_and_cut(world: World, root: str, kind: str, zero: int) -> list[str]:
     return differs
 
 
-@pytest.mark.parametrize(("size", "kind", "zero"), [(1, "torch", 0), (1, "deepspeed", 2), (2, "torch", 0), (2, "deepspeed", 0),
-                                                   (2, "deepspeed", 1), (2, "deepspeed", 2)])
-def test_a_run_that_was_cut_off_is_bit_equal_to_one_that_was_not(tmp_path: Path, size: int, kind: str, zero: int) -> None:
+@pytest.mark.parametrize(("size", "kind", "zero", "precision"), [
+    (1, "torch", 0, "fp32"), (1, "torch", 0, "fp16"), (1, "deepspeed", 2, "fp32"), (2, "torch", 0, "fp32"),
+    (2, "deepspeed", 0, "fp32"), (2, "deepspeed", 1, "fp32"), (2, "deepspeed", 2, "bf16"), (2, "deepspeed", 2, "bf16_weights"),
+    (2, "deepspeed", 3, "fp32")])
+def test_a_run_that_was_cut_off_is_bit_equal_to_one_that_was_not(tmp_path: Path, size: int, kind: str, zero: int,
+                                                                 precision: str) -> None:
     toy_set(tmp_path / "source")
-    assert run_ranks(whole_and_cut, size, str(tmp_path), kind, zero) == [[]] * size
+    assert run_ranks(whole_and_cut, size, str(tmp_path), kind, zero, precision) == [[]] * size
 
 
 def test_a_checkpoint_between_two_reports_holds_what_the_next_one_needs(tmp_path: Path) -> None:
@@ -99,17 +102,17 @@ def test_a_checkpoint_between_two_reports_holds_what_the_next_one_needs(tmp_path
 
 def one_leg(world: World, root: str, name: str, kind: str, zero: int, images: int) -> Order:
     order: Order = {}
-    recipe = toy_recipe(Path(root), engine={"kind": kind, "zero": zero}, batch=12, images=images, report_every_images=24,
-                        snapshot_every_images=48, keep_checkpoints=9)
+    recipe = toy_recipe(Path(root), engine={"kind": kind, "zero": zero, "persistence_threshold": 0}, batch=12, images=images,
+                        report_every_images=24, snapshot_every_images=48, keep_checkpoints=9)
     assert run(recipe, Path(root), name, world, order)
     return order
 
 
 def test_another_world_size_and_stage_goes_on_with_the_same_data_and_nearly_the_same_weights(tmp_path: Path) -> None:
-    """Two ranks under ZeRO 2, then one under ZeRO 0, then three under ZeRO 1, against one plain process: ten steps of Adam
+    """Two ranks under ZeRO 2, then one under ZeRO 0, then three under ZeRO 3, against one plain process: ten steps of Adam
     after the first change. The largest difference is at most 1e-3 of the largest movement (DESIGN part 7)."""
     toy_set(tmp_path / "source")
-    legs = [(2, "deepspeed", 2, 48), (1, "deepspeed", 0, 120), (3, "deepspeed", 1, 168)]
+    legs = [(2, "deepspeed", 2, 48), (1, "deepspeed", 0, 120), (3, "deepspeed", 3, 168)]
     expected = run_ranks(one_leg, 1, str(tmp_path), "whole", "torch", 0, 168)[0]
     found: Order = {}
     for size, kind, zero, images in legs:
