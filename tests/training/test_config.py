@@ -50,6 +50,27 @@ def test_a_wrong_value_is_one_sentence(tmp_path: Path, overrides: dict[str, obje
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(("engine", "more", "sentence"), [
+    ({"kind": "torch", "offload_optimizer": True}, {}, "the plain engine offloads nothing; use kind deepspeed"),
+    ({"zero": 0, "offload_optimizer": True}, {}, "RO 0 has no share of the optimizer's state to offload"),
+    ({"zero": 2, "offload_parameters": True}, {}, "only ZeRO 3 has shares of the weights"),
+    ({"zero": {"critic": 3}}, {}, "engine.zero names 'critic', but the networks are generator and discriminator"),
+    ({"compile": ["discriminator"]}, {}, "a compiled network has no double backward"),
+    ({"compile": ["generator"], "zero": 3}, {}, "engine.compile cannot have the generator at ZeRO 3"),
+    ({"zero": 3, "checkpoint_activations": True}, {}, "does not go with penalties at ZeRO 3"),
+    ({"zero": 1, "kind": "deepspeed"}, {"precision": "bf16_weights"}, "needs engine.kind deepspeed and zero 2 or 3"),
+    ({"zero": 3, "kind": "deepspeed"}, {"precision": "bf16_weights"}, "finite differences need fp32 weights"),
+    ({"kind": "auto"}, {"precision": "fp16"}, "precision fp16 needs engine.kind torch"),
+    ({"accumulation": 3}, {}, "does not fall into 3 equal parts")])
+def test_engines_that_cannot_work_are_refused_with_the_reason(tmp_path: Path, engine: dict[str, object],
+                                                              more: dict[str, object], sentence: str) -> None:
+    tree = toy_tree(tmp_path, engine=engine, **more)
+    with pytest.raises(UserError, match=sentence) as raised:
+        recipe = resolve(TrainingRecipe, tree, where="mine.yaml")
+        per_worker_batch(recipe.training.batch, 1, recipe.data.streams, recipe.training.engine.accumulation)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(("data", "sentence"), [
     ({"source": "pipe:touch canary"}, "not an address that is read"), ({"root": "ftp://host/x"}, "not an address that is read"),
     ({"mix": {"other": -1.0}}, "weight -1.0 of other"), ({"mix": {"other": float("nan")}}, "weight nan of other"),

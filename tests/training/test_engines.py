@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -270,6 +271,14 @@ def bf16_by_hand() -> Weights:
         for k in average:
             average[k] = average[k] * 0.5 ** (BATCH / 20) + masters["generator"][k] * (1 - 0.5 ** (BATCH / 20))
     return {**masters, "generator_ema": average}
+
+
+@pytest.mark.slow
+def test_a_compiled_generator_equals_plain_torch() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ on the CPU")
+    case = Case(EngineConfig(kind="torch", compile=("generator",)))
+    assert distance("adam", through_engines(World(), case, "adam"), plain_torch("adam")) <= 1
 
 
 @pytest.mark.parametrize("change", [{"clip": 0.0}, {"difference": True}])

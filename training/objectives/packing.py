@@ -26,5 +26,6 @@ def check_packing(key: str, batch: int, parts: int, m: int) -> None:
     step = m * parts
     if batch % step:
         near = " or ".join(str(size) for size in (batch - batch % step, batch - batch % step + step) if size)
-        raise UserError(f"{key} = {batch} does not fall into packs of {m} (training.objective.pack) in each of its {parts} "
-                        f"parts; use {near}.")
+        packs = f"packs of {m} (training.objective.pack) in each of its " if m > 1 else ""
+        raise UserError(f"{key} = {batch} does not fall into {packs}{parts} equal parts (workers x training.engine.accumulation); "
+                        f"use {near}.")
