@@ -135,7 +135,8 @@ def test_pretraining_really_had_two_workers_under_zero(runs: tuple[Path, Path, P
     assert checkpoint is not None
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["world_size"] == 2
-    assert state["recipe"]["training"]["engine"] == {"kind": "deepspeed", "zero": 2}
+    engine = state["recipe"]["training"]["engine"]
+    assert (engine["kind"], engine["zero"]) == ("deepspeed", 2)
 
 
 def test_the_same_command_again_trains_nothing_and_says_so(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
