@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -249,10 +248,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
              "unreported": unreported(state, world)},
             {"samples.png": samples} if samples else {}, safe=safe_images(watch.events, config.health))
         if wandb_run and samples:
-            with tempfile.NamedTemporaryFile(suffix=".png") as file:
-                file.write(samples)
-                file.flush()
-                wandb_run.log_image("samples", Path(file.name))
+            wandb_run.log_image("samples", samples)
 
     feed = batches(parts, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
                    workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import io
 import logging
 import netrc
 import os
@@ -22,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 from data_shards.errors import UserError
 from training.config import Config, operational
@@ -67,9 +70,10 @@ class WandbRun:
         self._images = images
         self._row(lambda wandb: dict(metrics))
 
-    def log_image(self, key: str, path: Path) -> None:
-        """A picture file, copied into W&B's folder, at the images seen of the last ``log``."""
-        self._row(lambda wandb: {key: wandb.Image(str(path))})
+    def log_image(self, key: str, picture: Path | bytes) -> None:
+        """A picture file, or a PNG's bytes, copied into W&B's folder, at the images seen of the last ``log``."""
+        self._row(lambda wandb: {key: wandb.Image(
+            str(picture) if isinstance(picture, Path) else Image.open(io.BytesIO(picture), formats=("PNG",)))})
 
     def log_table(self, key: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table, one sequence per row; secrets in its text are redacted."""

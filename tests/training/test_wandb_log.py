@@ -70,6 +70,7 @@ def test_an_offline_run_holds_config_group_job_type_and_history_keyed_by_images(
         for images in (0, 4096, 8192):
             run.log({"generator/adversarial": 0.5 + images, "selection_kid": 0.1}, images)
         run.log_image("samples", tmp_path / "samples.png")
+        run.log_image("drawn", (tmp_path / "samples.png").read_bytes())
         run.log_table("leaderboard", ["domain", "kid"], [["cat", 0.25], ["dog", None]])
     (folder,) = fragments(tmp_path, "a1b2c3")
     (header,) = items(folder, "run")
@@ -80,7 +81,8 @@ def test_an_offline_run_holds_config_group_job_type_and_history_keyed_by_images(
     assert [(row["images"], row["generator/adversarial"]) for row in history[:3]] == [
         (0, 0.5), (4096, 4096.5), (8192, 8192.5)]
     assert history[3]["images"] == 8192 and history[3]["samples._type"] == "image-file"
-    assert history[4]["leaderboard.nrows"] == 2
+    assert history[4]["drawn._type"] == "image-file"
+    assert history[5]["leaderboard.nrows"] == 2
     axes = {metric.get("glob_name"): metric.get("step_metric") for metric in items(folder, "metric")}
     assert axes["*"] == "images"
     assert items(folder, "exit")[0].get("exit_code", 0) == 0

@@ -27,5 +27,5 @@ def check_packing(key: str, batch: int, parts: int, m: int) -> None:
     if batch % step:
         near = " or ".join(str(size) for size in (batch - batch % step, batch - batch % step + step) if size)
         packs = f"packs of {m} (training.objective.pack) in each of its " if m > 1 else ""
-        raise UserError(f"{key} = {batch} does not fall into {packs}{parts} equal parts (workers x training.engine.accumulation); "
-                        f"use {near}.")
+        raise UserError(f"{key} = {batch} does not fall into {packs}{parts} equal parts "
+                        f"(workers x training.engine.accumulation); use {near}.")
