@@ -87,7 +87,7 @@ def test_an_offline_run_holds_config_group_job_type_and_history_keyed_by_images(
     assert axes["*"] == "images"
     assert items(folder, "exit")[0].get("exit_code", 0) == 0
     media = list(folder.rglob("media/images/*.png"))
-    assert len(media) == 1 and Image.open(media[0]).size == (8, 8)
+    assert len(media) == 2 and all(Image.open(path).size == (8, 8) for path in media)
     staged = [entry["local_path"] for artifact in items(folder, "artifact")
               for entry in artifact["manifest"]["contents"]]
     assert staged and all(Path(path).is_relative_to(tmp_path) for path in staged), "an offline table left the run"
