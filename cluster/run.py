@@ -30,7 +30,7 @@ from training.pictures import save_grid
 from training.pretrain import finished_pretraining
 from training.source import set_place, source_parts, source_sets
 from training.target import load_target
-from training.world import device, has_bf16
+from training.world import World, device, has_bf16
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
 
@@ -85,11 +85,11 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     """What follows from the recipe, each with its formula, one line each."""
     training, fanout, cluster = recipe.training, recipe.fanout, recipe.cluster
     shares = " or ".join(f"{size} x {training.batch // size}" for size in recipe.world_sizes)
+    steppers = [training.engine.said(World(size=size)) for size in recipe.world_sizes]
     precision = training.precision if training.precision != "auto" else f"auto ({'bf16' if has_bf16() else 'fp32'} here)"
     yield f"run {recipe.name} -> {out}"
     yield (f"  pretrain  {training.images} images / batch {training.batch} = {-(-training.images // training.batch)} steps; "
-           f"workers x images: {shares}; {training.engine.kind}"
-           + (f" ZeRO {training.engine.zero}" if training.engine.kind == "deepspeed" else "") + f"; {precision}")
+           f"workers x images: {shares}; {' or '.join(dict.fromkeys(steppers))}; precision {precision}")
     low, high = cluster.worker_bounds
     sizes = recipe.world_sizes
     if skipped := [size for size in range(low, high + 1) if size not in sizes]:

@@ -58,6 +58,14 @@ class EngineConfig(Config):
         return self.kind == "torch" or (self.kind == "auto" and world.size == 1
                                         and not (self.offload_optimizer or self.offload_parameters))
 
+    def said(self, world: World) -> str:
+        """Who steps the networks in such a world, in words."""
+        if self.plain(world):
+            return "plain engine"
+        if isinstance(self.zero, dict):
+            return "DeepSpeed ZeRO " + ", ".join(f"{stage} ({name})" for name, stage in self.zero.items())
+        return f"DeepSpeed ZeRO {self.zero}"
+
 
 class Engine(Protocol):
     """A network with its optimizer over all ranks. Forward passes go through ``module``.
