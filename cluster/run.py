@@ -85,7 +85,7 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
     """What follows from the recipe, each with its formula, one line each."""
     training, fanout, cluster = recipe.training, recipe.fanout, recipe.cluster
     shares = " or ".join(f"{size} x {training.batch // size}" for size in recipe.world_sizes)
-    steppers = [training.engine.said(World(size=size)) for size in recipe.world_sizes]
+    steppers = [training.engine.said(World(size=size), training.precision) for size in recipe.world_sizes]
     precision = training.precision if training.precision != "auto" else f"auto ({'bf16' if has_bf16() else 'fp32'} here)"
     yield f"run {recipe.name} -> {out}"
     yield (f"  pretrain  {training.images} images / batch {training.batch} = {-(-training.images // training.batch)} steps; "

@@ -20,7 +20,7 @@ from training.pretrain import finished_pretraining, pretrain
 from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
 from training.stopping import STOP_FILE, Stopped
-from training.world import from_rank_0, join_world, leave_world
+from training.world import current_world, from_rank_0, join_world, leave_world
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,10 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
             each = per_worker_batch(recipe.training.batch, world.size, recipe.data.streams)
             print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
             if isinstance(folder, Path):
-                (folder / STOP_FILE).unlink(missing_ok=True)
+                _ready(folder)
         checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training.images))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        leave_world(current_world())  # on all ranks alike
         return 2
     except Failure as failure:
         print(failure, file=sys.stderr)
@@ -62,6 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"checkpoint: {checkpoint}")
     leave_world(world)
     return 0
+
+
+def _ready(folder: Path) -> None:
+    """Make the folder, and take away the order to stop that a process which was killed left there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); give another --out.") from error
 
 
 def progress_line(total: int):  # type: ignore[no-untyped-def]

@@ -137,7 +137,7 @@ def _origin(dotted: str, where: str, overrides: Iterable[str]) -> str:
 def _location(error: Any) -> list[str]:
     """The keys to the value, without what pydantic adds for the kinds of value that a field may have (tags are capitalised)."""
     return [part for part in map(str, error["loc"])
-            if part not in ("float", "int") and not part.startswith("list[") and not part[:1].isupper()]
+            if part not in ("float", "int") and not part.startswith(("list[", "dict[", "literal[")) and not part[:1].isupper()]
 
 
 def _explain(model: type[Config], error: Any) -> str:
@@ -154,7 +154,10 @@ def _explain(model: type[Config], error: Any) -> str:
     if error["type"] == "missing":
         return f"the key {dotted!r} is missing; add it."
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{dotted} = {error['input']!r} is refused: {message[0].lower()}{message[1:]}."
+    if message.split()[0][1:].islower():  # R1 and ZeRO stay as they are
+        message = message[0].lower() + message[1:]
+    value = "" if isinstance(error["input"], dict | Config) else f" = {error['input']!r}"  # a whole section says nothing
+    return f"{dotted}{value} is refused: {message}."
 
 
 def field_paths(model: type[Config], prefix: str = "") -> Iterator[str]:

@@ -223,7 +223,7 @@ def _collect(state: State, plan: Plan, world: World) -> dict[str, float]:
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         raise NonFinite(f"{broken[0]} is not finite after {state.images} images; lower the learning rates or raise r1 and "
-                        f"r2. The last checkpoint is good.")
+                        f"r2. No checkpoint holds that.")
     if skipped and plan.precision != "fp16":  # whose scale is found by overflowing
         _rescue(state, plan, skipped)
         metrics["skipped_steps"], metrics["lr_scale"] = float(skipped), state.lr_scale
@@ -235,7 +235,7 @@ def _rescue(state: State, plan: Plan, skipped: int) -> None:
     said = f"{skipped} steps up to {state.images} images had gradients that were not finite and were left out"
     if state.rescues >= plan.rescues:
         raise NonFinite(f"{said}, the learning rates having been halved {state.rescues} times (training.rescues); lower them "
-                        f"or raise r1 and r2. The last checkpoint is good.")
+                        f"or raise r1 and r2. No checkpoint holds that.")
     state.rescues += 1
     state.lr_scale /= 2
     logger.warning("%s; the learning rates are halved (%d of %d times).", said, state.rescues, plan.rescues)
@@ -245,4 +245,4 @@ def _check_finite(state: State, world: World) -> None:
     for name, engine in state.engines.items():
         tensors = [*engine.masters(), *state.averages.get(name, [])]
         if any_rank(not all(bool(torch.isfinite(values).all()) for values in tensors), world):
-            raise NonFinite(f"weights of the {name} are not finite after {state.images} images; the last checkpoint is good.")
+            raise NonFinite(f"weights of the {name} are not finite after {state.images} images; no checkpoint holds that.")

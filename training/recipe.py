@@ -113,15 +113,15 @@ class TrainingConfig(Config):
             raise ValueError("engine.checkpoint_activations does not go with discriminator.spectral_norm, whose weights change "
                              "with each forward pass; leave one of the two")
         if self.precision == "bf16_weights":
-            if engine.kind != "deepspeed" or min(engine.stage(name) for name in names) < 2:
-                raise ValueError("precision bf16_weights needs engine.kind deepspeed and zero 2 or 3, which keep fp32 masters "
-                                 "of their share; or use bf16")
+            if engine.kind == "torch" or min(engine.stage(name) for name in names) < 2:
+                raise ValueError("precision bf16_weights needs engine.kind auto or deepspeed and zero 2 or 3, which keep fp32 "
+                                 "masters of their share; or use bf16")
             if engine.stage("discriminator") == 3 and penalised:
                 raise ValueError("precision bf16_weights does not go with penalties at ZeRO 3, whose finite differences need "
                                  "fp32 weights; use precision bf16")
-        if self.precision == "fp16" and engine.kind != "torch":
-            raise ValueError("precision fp16 needs engine.kind torch, since DeepSpeed scales the loss for fp16 weights only; "
-                             "or use bf16")
+        if self.precision == "fp16" and (engine.kind == "deepspeed" or engine.offload_optimizer or engine.offload_parameters):
+            raise ValueError("precision fp16 needs engine.kind auto or torch and no offload, since DeepSpeed scales the loss "
+                             "for fp16 weights only; or use bf16")
         return self
 
     @property

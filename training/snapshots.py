@@ -306,7 +306,7 @@ def _check_finite(tensors: Tensors, images: int) -> None:
     for stem, named in tensors.items():
         for name, tensor in named.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFinite(f"{name} of {stem} is not finite after {images} images; the last checkpoint is good.")
+                raise NonFinite(f"{name} of {stem} is not finite after {images} images; no checkpoint holds that.")
 
 
 def _raise_everywhere(own: BaseException | None, world: World) -> None:

@@ -52,15 +52,15 @@ def test_a_wrong_value_is_one_sentence(tmp_path: Path, overrides: dict[str, obje
 
 @pytest.mark.parametrize(("engine", "more", "sentence"), [
     ({"kind": "torch", "offload_optimizer": True}, {}, "the plain engine offloads nothing; use kind deepspeed"),
-    ({"zero": 0, "offload_optimizer": True}, {}, "RO 0 has no share of the optimizer's state to offload"),
+    ({"zero": 0, "offload_optimizer": True}, {}, "ZeRO 0 has no share of the optimizer's state to offload"),
     ({"zero": 2, "offload_parameters": True}, {}, "only ZeRO 3 has shares of the weights"),
     ({"zero": {"critic": 3}}, {}, "engine.zero names 'critic', but the networks are generator and discriminator"),
     ({"compile": ["discriminator"]}, {}, "a compiled network has no double backward"),
     ({"compile": ["generator"], "zero": 3}, {}, "engine.compile cannot have the generator at ZeRO 3"),
     ({"zero": 3, "checkpoint_activations": True}, {}, "does not go with penalties at ZeRO 3"),
-    ({"zero": 1, "kind": "deepspeed"}, {"precision": "bf16_weights"}, "needs engine.kind deepspeed and zero 2 or 3"),
+    ({"zero": 1, "kind": "deepspeed"}, {"precision": "bf16_weights"}, "needs engine.kind auto or deepspeed and zero 2 or 3"),
     ({"zero": 3, "kind": "deepspeed"}, {"precision": "bf16_weights"}, "finite differences need fp32 weights"),
-    ({"kind": "auto"}, {"precision": "fp16"}, "precision fp16 needs engine.kind torch"),
+    ({"kind": "deepspeed"}, {"precision": "fp16"}, "precision fp16 needs engine.kind auto or torch"),
     ({"accumulation": 3}, {}, "does not fall into 3 equal parts")])
 def test_engines_that_cannot_work_are_refused_with_the_reason(tmp_path: Path, engine: dict[str, object],
                                                               more: dict[str, object], sentence: str) -> None:

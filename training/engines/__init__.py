@@ -26,7 +26,7 @@ class EngineConfig(Config):
                 "there is nothing to share, else deepspeed")
     zero: Zero | dict[str, Zero] = operational(
         2, "DeepSpeed's ZeRO stage, of all networks or by name ({generator: 3, discriminator: 1}): what each rank holds only "
-           "its share of; 1 the optimizer's state, 2 also the gradients, 3 also the weights")
+           "its share of; 1 the optimizer's state, 2 also the gradients, 3 also the weights; a network not named has 2")
     offload_optimizer: bool = operational(False, "keep the optimizer's state in the CPU's memory and step there")
     offload_parameters: bool = operational(False, "ZeRO 3: keep each rank's share of the weights in the CPU's memory")
     persistence_threshold: int = operational(100_000, "ZeRO 3: weights of fewer values are kept whole on every rank", ge=0)
@@ -53,14 +53,15 @@ class EngineConfig(Config):
             return 0
         return self.zero.get(network, 2) if isinstance(self.zero, dict) else self.zero
 
-    def plain(self, world: World) -> bool:
-        """Whether the plain engine is the one to use."""
-        return self.kind == "torch" or (self.kind == "auto" and world.size == 1
-                                        and not (self.offload_optimizer or self.offload_parameters))
+    def plain(self, world: World, precision: str) -> bool:
+        """Whether the plain engine is the one to use: fp16 is its only, and masters of bf16 weights are DeepSpeed's."""
+        if self.kind != "auto" or precision in ("fp16", "bf16_weights"):
+            return self.kind == "torch" or precision == "fp16"
+        return world.size == 1 and not (self.offload_optimizer or self.offload_parameters)
 
-    def said(self, world: World) -> str:
+    def said(self, world: World, precision: str) -> str:
         """Who steps the networks in such a world, in words."""
-        if self.plain(world):
+        if self.plain(world, precision):
             return "plain engine"
         if isinstance(self.zero, dict):
             return "DeepSpeed ZeRO " + ", ".join(f"{stage} ({name})" for name, stage in self.zero.items())
@@ -119,7 +120,7 @@ def make_engine(name: str, module: nn.Module, optimizer: OptimizerConfig, engine
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if name in engine.compile:
         module.compile()
-    if engine.plain(world):
+    if engine.plain(world, precision):
         return TorchEngine(module, optimizer, world, accumulation=engine.accumulation, scales=precision == "fp16", state=state)
     from training.engines.deepspeed import DeepSpeedEngine
 
