@@ -73,7 +73,7 @@ class Driver:
         events = read_events(self.root / "run" / "pretrain" / "events.jsonl")
         return int(events[-1]["images"]) if events else 0
 
-    def until(self, reached: Callable[[], object], seconds: float = 150) -> float:
+    def until(self, reached: Callable[[], object], seconds: float = 300) -> float:
         """Seconds until ``reached()``."""
         started = time.monotonic()
         while not reached():
