@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from training.engines import Engine, whole_weights
+from training.engines import Engine, completed
 
 Average = list[Tensor]
 """The average of this rank's share of the float32 weights (`Engine.masters`), so that it costs what sharding leaves of them."""
@@ -29,5 +29,4 @@ def whole_average(average: Average, engine: Engine, to: int | None = None) -> di
     """The averaged network's state dict, whole, on the CPU, on rank ``to`` or on all. A collective.
 
     Buffers, and weights that are not trained, are the network's own."""
-    found = whole_weights(engine, to)
-    return found | engine.gather(average, to)
+    return completed(engine, engine.gather(average, to), to)

@@ -90,11 +90,7 @@ def from_lead(value: Shared, world: World) -> Shared:
 
 def any_rank(value: bool, world: World) -> bool:
     """Whether the value is true on any rank. A collective."""
-    if world.size == 1:
-        return value
-    flag = torch.tensor([float(value)], device=device())
-    dist.all_reduce(flag)
-    return bool(flag.item())
+    return bool(largest_over_ranks(int(value), world))
 
 
 def gather_json(value: Any, world: World) -> list[Any]:

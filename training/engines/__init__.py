@@ -130,8 +130,12 @@ def make_engine(name: str, module: nn.Module, optimizer: OptimizerConfig, engine
 
 def whole_weights(engine: Engine, to: int | None = None) -> dict[str, Tensor]:
     """The network's state dict, whole, on the CPU: float32 weights and buffers. A collective."""
-    weights = engine.gather(engine.masters(), to)
+    return completed(engine, engine.gather(engine.masters(), to), to)
+
+
+def completed(engine: Engine, gathered: dict[str, Tensor], to: int | None) -> dict[str, Tensor]:
+    """``gathered`` with what of the network's state dict no master holds: its buffers, and weights that are not trained."""
     if to in (None, engine.world.rank):
-        weights |= {name: (value.float() if value.is_floating_point() else value).detach().cpu().clone()
-                    for name, value in engine.module.state_dict().items() if name not in weights}
-    return weights
+        gathered |= {name: (value.float() if value.is_floating_point() else value).detach().cpu().clone()
+                     for name, value in engine.module.state_dict().items() if name not in gathered}
+    return gathered
