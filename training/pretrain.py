@@ -38,7 +38,7 @@ from training.source import source_id, source_parts, watched_ids
 from training.stopping import Stopped, stop_requests
 from training.vitals import look, what_to_look_at
 from training.wandb_log import open_run
-from training.world import World, from_lead, from_rank_0
+from training.world import World, from_rank_0
 
 logger = logging.getLogger("graft")
 
@@ -180,7 +180,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         cut_events(events, state.images)
         reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
         write_file(folder, "reals.png", grid_png(reals))
-    watch = make_watch(config.health, from_lead(read_events(events) if lead else [], world))
+    watch = make_watch(config.health, from_rank_0(lambda: read_events(events), world))
     state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
     looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
                              latent_dim=plan.latent_dim, packed=config.objective.pack) if config.health.every_images else None

@@ -9,7 +9,7 @@ from training.checkpoint import checkpoint_problem, images_of, read_state, remov
 from training.events import append_event, cut_events, read_events
 from training.folders import Folder, inside
 from training.health import Alarm, Event, HealthConfig, Unhealthy
-from training.world import World, from_lead
+from training.world import World, from_rank_0
 
 
 def roll_back(folder: Folder, alarm: Alarm, config: HealthConfig, world: World) -> None:
@@ -19,7 +19,7 @@ def roll_back(folder: Folder, alarm: Alarm, config: HealthConfig, world: World) 
     Raises:
         Unhealthy: when there is no such checkpoint.
     """
-    target = from_lead(_go_back(folder, alarm, config) if world.rank == 0 else None, world)
+    target = from_rank_0(lambda: _go_back(folder, alarm, config), world)
     if target is None:
         raise Unhealthy(f"stopped: {alarm}. No checkpoint is from before it, so there is nothing to go back to; lower the "
                         "learning rates or raise r1 and r2, or go on with --set training.health.action=warn.")

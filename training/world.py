@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,6 @@ from torch.distributed import distributed_c10d
 from data_shards.errors import Failure, UserError
 
 LEAVE_TIMEOUT_S = 30.0
-
-Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -77,15 +75,6 @@ def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, floa
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return dict(zip(names, (total / world.size).tolist(), strict=True))
-
-
-def from_lead(value: Shared, world: World) -> Shared:
-    """Rank 0's value, on every rank. A collective."""
-    if world.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=device())
-    return box[0]
 
 
 def any_rank(value: bool, world: World) -> bool:

