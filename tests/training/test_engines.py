@@ -305,6 +305,23 @@ def test_ranks_end_with_the_same_weights(two_ranks: list[dict[str, Weights]]) ->
         assert all(torch.equal(first[name][k], second[name][k]) for k in first[name])
 
 
+def from_memory_full_of_nan(world: World) -> bool:
+    """Whether what ZeRO 3 cuts up is finite where new memory holds NaN; three ranks need padding."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills what torch.empty gives with NaN
+    assert torch.empty(1).isnan()
+    case = CASES["zero 3"]
+    config = recipe("adam", case.engine)
+    network = make_networks(config, SHAPE, SEED)["discriminator"]
+    cut = make_engine("discriminator", network, config.discriminator, config.engine, world, batch=BATCH // world.size)
+    finite = all(bool(torch.isfinite(values).all()) for values in cut.masters())
+    cut.close()
+    return finite
+
+
+def test_padding_of_cut_weights_does_not_hold_what_memory_held() -> None:
+    assert run_ranks(from_memory_full_of_nan, 3) == [True] * 3
+
+
 def test_ranks_draw_different_noise() -> None:
     z = [latents(SEED, "generator", 64, BATCH, 8, World(rank, 2)) for rank in range(2)]
     assert torch.equal(torch.stack(z, 1).flatten(0, 1), latents(SEED, "generator", 64, BATCH, 8))

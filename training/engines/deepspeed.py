@@ -78,6 +78,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, zero=zero, batch=batch, clip=self.clip, bf16=bf16,
                                     weights=self.length))
         self.micro_batches = 0
+        if zero == 3:
+            self._clear_padding()
         if bf16:  # DeepSpeed made its masters from weights that it had rounded
             for master, whole in zip(self.masters(), self.share(exact), strict=True):
                 master.data.copy_(whole)
@@ -165,6 +167,14 @@ class DeepSpeedEngine:
         return parts
 
     # Under ZeRO 3 each parameter is cut into one stretch a rank, the last padded; a group's master is one rank's stretches.
+
+    def _clear_padding(self) -> None:
+        """DeepSpeed leaves the padding as the memory was: now and then NaN, which no later step takes away."""
+        optimizer = self.engine.optimizer
+        for group, _, numel, start, each in self._stretches():
+            mine = min(max(numel - self.world.rank * each, 0), each)
+            for flat in (optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat):
+                flat[group].data[start + mine:start + each] = 0
 
     def _stretches(self) -> list[tuple[int, str, int, int, int]]:
         """(group, name, numel, start in the group's master, numel of a rank's stretch) of each parameter."""
