@@ -10,6 +10,7 @@ from cluster.progress import progress
 from cluster.recipe import Recipe
 from data_shards import ShardSet
 from training.checkpoint import checkpoint_hash
+from training.families import FAMILIES
 from training.meta.reptile import InnerLoop, Task, TaskResult, metatrain
 
 
@@ -17,7 +18,7 @@ def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -
     """Meta-train from ``start`` on; the tasks of an outer step run on one actor per trial's share of the cluster."""
     import ray
 
-    available = ray.cluster_resources()
+    available, family = ray.cluster_resources(), FAMILIES[recipe.training.family]
     needs = recipe.cluster.trial_resources
     count = max(1, min([recipe.meta.tasks, *(int(available.get(name, 0) // need) for name, need in needs.items())]))
     actor = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=3, max_task_retries=3)(TaskRunner)
@@ -32,8 +33,7 @@ def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -
             def report(step: int, total: int, metrics: dict[str, float]) -> None:
                 rate = metrics["images_per_second"]
                 left = (total - step) * recipe.meta.tasks * recipe.meta.inner_steps * recipe.meta.inner_batch / rate
-                show(step, f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
-                           f"G {metrics['generator/adversarial']:.3f}  {left / 60:.1f} min left")
+                show(step, f"{rate:.0f} images/s  {family.line(metrics)}  {left / 60:.1f} min left")
 
             return metatrain(recipe, source, run, start, checkpoint_hash(start), map_tasks=map_tasks, progress=report)
     finally:

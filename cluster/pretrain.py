@@ -30,6 +30,7 @@ from data_shards import ShardSet
 from training.checkpoint import latest_valid
 from training.cost import cost_line
 from training.events import append_event, read_events
+from training.families import FAMILIES
 from training.health import Unhealthy, act, make_watch, story
 from training.pretrain import finished_pretraining
 from training.source import set_place
@@ -188,7 +189,7 @@ def _tend(recipe: Recipe, run: Path, heartbeats: Any, before: str) -> str:
 
 def _shower(events: Path, recipe: Recipe, show: Show) -> Callable[[], None]:
     """A function that shows the lines that are new since its last call, and the news of the run's health."""
-    lines, total = read_events(events), recipe.training.images
+    lines, total, family = read_events(events), recipe.training.images, FAMILIES[recipe.training.family]
     shown, told = len(lines), len(story(lines, recipe.training.health))
 
     def new() -> None:
@@ -200,8 +201,7 @@ def _shower(events: Path, recipe: Recipe, show: Show) -> Callable[[], None]:
                 show(event["images"], f"rolled back to here; learning rates times {metrics['lr_scale']:g}")
                 continue
             rate = metrics["images_per_second"]
-            show(event["images"], f"{rate:.0f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
-                                  f"G {metrics['generator/adversarial']:.3f}  "
+            show(event["images"], f"{rate:.0f} images/s  {family.line(metrics)}  "
                                   f"{max(total - event['images'], 0) / rate / 60:.1f} min left")
         heard = story(lines, recipe.training.health)
         for images, sentence in heard[min(told, len(heard)):]:

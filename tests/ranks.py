@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from training.world import World
+from training.world import World, destroy_group
 
 
 def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, arguments: tuple[Any, ...]) -> None:
@@ -29,7 +29,7 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, argu
         while len(list(Path(folder).glob("[0-9]*.pt"))) < size and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
-        dist.destroy_process_group()
+        destroy_group()
 
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:

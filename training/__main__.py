@@ -13,11 +13,12 @@ from training.checkpoint import NotWritten
 from training.config import parse_overrides
 from training.cost import cost_line
 from training.events import read_events
+from training.families import FAMILIES
 from training.folders import inside, run_folder
 from training.health import Unhealthy
 from training.loop import NonFinite
-from training.pretrain import finished_pretraining, pretrain
-from training.recipe import TrainingRecipe, per_worker_batch, read_recipe
+from training.pretrain import Progress, finished_pretraining, pretrain
+from training.recipe import TrainingConfig, TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
 from training.stopping import STOP_FILE, Stopped
 from training.world import current_world, from_rank_0, join_world, leave_world
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
             if isinstance(folder, Path):
                 _ready(folder)
-        checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training.images))
+        checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         leave_world(current_world())  # on all ranks alike
@@ -74,13 +75,14 @@ def _ready(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to ({error.strerror}); give another --out.") from error
 
 
-def progress_line(total: int):  # type: ignore[no-untyped-def]
+def progress_line(config: TrainingConfig) -> Progress:
     """A progress callback that prints one line per report."""
+    total, family = config.images, FAMILIES[config.family]
 
     def show(images: int, metrics: dict[str, float]) -> None:
         rate = metrics["images_per_second"]
-        print(f"{images:>9}/{total} images  {rate:6.1f} images/s  D {metrics['discriminator/adversarial']:.3f}  "
-              f"G {metrics['generator/adversarial']:.3f}  {max(total - images, 0) / rate / 60:.1f} min left", flush=True)
+        print(f"{images:>9}/{total} images  {rate:6.1f} images/s  {family.line(metrics)}  "
+              f"{max(total - images, 0) / rate / 60:.1f} min left", flush=True)
 
     return show
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_shards.errors import UserError
 from training.checkpoint import load_checkpoint
 from training.draws import generator as draw
-from training.models import make_gan
+from training.families import FAMILIES
 from training.models.layers import Shape
 from training.recipe import TrainingConfig
 from training.world import device
@@ -21,7 +21,7 @@ def make_networks(config: TrainingConfig, shape: Shape, seed: int) -> dict[str, 
     """Fresh networks on this process's device; the same seed gives the same weights on every rank."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw(seed, "weights", 0).initial_seed())
-        networks = make_gan(config.generator, config.discriminator, shape, config.objective.pack)
+        networks = FAMILIES[config.family].networks(config, shape)
     return {name: network.to(device()) for name, network in networks.items()}
 
 
@@ -43,7 +43,13 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, what: str
 
 
 def load_start(networks: Mapping[str, nn.Module], checkpoint: Path) -> None:
-    """Begin from a checkpoint: the averaged generator, which is the better one, and the discriminator."""
-    tensors, _ = load_checkpoint(checkpoint, ("generator_ema", "discriminator"))
-    load_weights(networks["generator"], tensors["generator_ema"], what=f"{checkpoint}/generator_ema.safetensors")
-    load_weights(networks["discriminator"], tensors["discriminator"], what=f"{checkpoint}/discriminator.safetensors")
+    """Begin from a checkpoint: the averaged generator, which is the better one, and the other networks."""
+    stems = {name: best_stem(name) for name in networks}
+    tensors, _ = load_checkpoint(checkpoint, tuple(stems.values()))
+    for name, network in networks.items():
+        load_weights(network, tensors[stems[name]], what=f"{checkpoint}/{stems[name]}.safetensors")
+
+
+def best_stem(network: str) -> str:
+    """The file of a checkpoint to begin from: the generator's moving average is better than the generator."""
+    return "generator_ema" if network == "generator" else network

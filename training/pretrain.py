@@ -23,14 +23,14 @@ from training.draws import latents
 from training.ema import make_average
 from training.engines import make_engine
 from training.events import append_event, cut_events, read_events
-from training.families import FAMILIES, Phase
+from training.families import FAMILIES
 from training.folders import Folder, FolderT, base_name, inside, write_file
 from training.health import RollBack, Unhealthy, act, make_watch, observe, safe_images
 from training.loop import NonFinite, Plan, State, train
 from training.networks import load_weights, make_networks
 from training.objectives.packing import check_packing
 from training.pictures import generate, grid_png
-from training.recipe import TrainingConfig, TrainingRecipe, check_groups, per_worker_batch
+from training.recipe import TrainingRecipe, check_groups, per_worker_batch
 from training.rollback import roll_back, scale_after
 from training.schedule import value_at
 from training.snapshots import Snapshots, check_metric, checkpoint_parts, report_begun, unreported
@@ -89,17 +89,12 @@ def newest_checkpoint(folder: FolderT, world: World) -> FolderT | None:
 def make_plan(recipe: TrainingRecipe) -> Plan:
     config = recipe.training
     return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
-                lr={"generator": config.generator.lr, "discriminator": config.discriminator.lr},
+                lr={name: optimizer.lr for name, optimizer in config.optimizers().items()},
                 weights=config.objective.penalties(), augmentation=config.augmentation,
-                every={"generator": config.generator.every, "discriminator": config.discriminator.every},
+                every={name: optimizer.every for name, optimizer in config.optimizers().items()},
                 accumulation=config.engine.accumulation, rescues=config.rescues,
                 ema_halflife_images=config.ema_halflife_images, precision=config.precision,
                 report_every_images=config.report_every_images, snapshot_every_images=config.snapshot_every_images)
-
-
-def _phases(config: TrainingConfig) -> list[Phase]:
-    return FAMILIES[config.family](config.objective.loss, exact=config.exact_penalties, packed=config.objective.pack,
-                                   augmentation=config.augmentation)
 
 
 def check_classes(recipe: TrainingRecipe, source: ShardSet) -> None:
@@ -157,12 +152,13 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     if newest:
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{newest}/{name}.safetensors")
-    plan, phases = make_plan(recipe), _phases(config)
-    counted = _phases(config.model_copy(update={"augmentation": NO_AUGMENTATION}))  # it works element by element, mostly
+    family, plan = FAMILIES[config.family], make_plan(recipe)
+    phases = family.phases(config, config.augmentation)
+    counted = family.phases(config, NO_AUGMENTATION)  # it works element by element, mostly
     blank = blank_batch(counted, source.manifest.image_shape, plan.latent_dim,
                         {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch)
     budget = Budget(known_flops(counted, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
-    optimizers = {"generator": config.generator, "discriminator": config.discriminator}
+    optimizers = config.optimizers()
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
                                  precision=config.precision, state=tensors.get(f"{name}_optimizer"))
                for name, network in networks.items()}

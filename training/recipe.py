@@ -16,13 +16,15 @@ from pydantic import Field, field_validator, model_validator
 from data_shards.errors import UserError
 from data_shards.stores.places import parse_place
 from training.augment import AugmentConfig
-from training.config import Config, apply_overrides, build, operational
+from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
+from training.families import FAMILIES
 from training.health import HealthConfig
 from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import OBJECTIVES, ObjectiveConfig
 from training.objectives.packing import check_packing
+from training.optimizers import OptimizerConfig
 from training.schedule import Schedule, check_schedule
 from training.wandb_log import WandbConfig
 
@@ -62,7 +64,7 @@ class DataConfig(Config):
 
 
 class TrainingConfig(Config):
-    family: Literal["gan"] = Field("gan", description="family of generative models")
+    family: str = Field("gan", description=f"family of generative models: {', '.join(FAMILIES)}")
     generator: GeneratorConfig = GeneratorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -85,16 +87,17 @@ class TrainingConfig(Config):
     health: HealthConfig = HealthConfig()
 
     _schedule = field_validator("ema_halflife_images")(check_schedule)
+    _known_family = field_validator("family")(one_of(lambda: FAMILIES, "family"))
 
     @model_validator(mode="after")
     def _engine_fits(self) -> TrainingConfig:
-        engine, names = self.engine, ("generator", "discriminator")
+        engine, names = self.engine, FAMILIES[self.family].names
         named = {"zero": engine.zero if isinstance(engine.zero, dict) else {}, "compile": engine.compile}
         for key, networks in named.items():
             for name in networks:
                 if name not in names:
                     raise ValueError(f"engine.{key} names {name!r}, but the networks are {' and '.join(names)}")
-        penalised = any(any(value for _, value in weight) if isinstance(weight, list) else weight
+        penalised = "discriminator" in names and any(any(value for _, value in weight) if isinstance(weight, list) else weight
                         for weight in self.objective.penalties().values())
         if "discriminator" in engine.compile and penalised:
             raise ValueError("engine.compile cannot have the discriminator while it has gradient penalties, since a compiled "
@@ -123,6 +126,14 @@ class TrainingConfig(Config):
             raise ValueError("precision fp16 needs engine.kind auto or torch and no offload, since DeepSpeed scales the loss "
                              "for fp16 weights only; or use bf16")
         return self
+
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        """Of each network."""
+        return {name: getattr(self, name) for name in FAMILIES[self.family].names}
+
+    def on_one_process(self) -> TrainingConfig:
+        """As trials and tasks train: by the plain engine."""
+        return self.model_copy(update={"engine": EngineConfig(kind="torch")})
 
     @property
     def exact_penalties(self) -> bool:

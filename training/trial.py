@@ -128,8 +128,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
-        phases = FAMILIES[recipe.training.family](recipe.training.objective.loss, packed=recipe.training.objective.pack,
-                                                  augmentation=config.augmentation)
+        phases = FAMILIES[recipe.training.family].phases(recipe.training.on_one_process(), config.augmentation)
         train(state, phases, support, _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
@@ -214,7 +213,7 @@ def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Targ
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
     config: AdaptationConfig = recipe.adaptation
     return Plan(until=until, batch=config.batch, seed=trial.seed, latent_dim=recipe.training.generator.latent_dim,
-                lr={"generator": config.lr, "discriminator": config.lr},
+                lr=dict.fromkeys(FAMILIES[recipe.training.family].names, config.lr),
                 weights={**recipe.training.objective.penalties(), "r1": config.r1, "r2": config.r2},
                 augmentation=config.augmentation,
                 ema_halflife_images=config.ema_halflife_images, precision=recipe.training.precision,

@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from data_shards.errors import Failure, UserError
 
 LEAVE_TIMEOUT_S = 30.0
+SETTLE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,23 @@ def leave_world(world: World) -> None:
 
     The ranks wait for each other at the launcher's store, not by a collective, which would be the last one in its turn.
     """
-    if world.size == 1:
-        return
-    store = distributed_c10d._get_default_store()
-    with suppress(RuntimeError):  # the store goes with rank 0, or with a launcher that has given up
-        _count_up(store, "graft/done", world.size)
-        _count_up(store, "graft/left", world.size if world.rank == 0 else 0)
-    dist.destroy_process_group()
+    if world.size > 1:
+        store = distributed_c10d._get_default_store()
+        with suppress(RuntimeError):  # the store goes with rank 0, or with a launcher that has given up
+            _count_up(store, "graft/done", world.size)
+            _count_up(store, "graft/left", world.size if world.rank == 0 else 0)
+    destroy_group()
+
+
+def destroy_group() -> None:
+    """Destroy this process's group, if any, and let its threads end what they are at.
+
+    A gloo thread drops the tensors of the last collective after the caller has them, for which it takes the interpreter's lock:
+    if the interpreter ends meanwhile, the thread is ended inside a destructor and the whole process aborts.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(SETTLE_S)
 
 
 def _count_up(store: distributed_c10d.Store, key: str, wanted: int) -> None:

@@ -1,8 +1,11 @@
-"""Families of generative models: each returns its phases in the order in which a step runs them."""
+"""Families of generative models by name: a file and a line each."""
 
-from training.families.gan import gan_phases
+from __future__ import annotations
+
+from training.families.family import Family
+from training.families.gan import GAN, gan_phases
 from training.families.phase import Batch, Networks, Phase, Terms
 
-__all__ = ["FAMILIES", "Batch", "Networks", "Phase", "Terms", "gan_phases"]
+__all__ = ["FAMILIES", "Batch", "Family", "Networks", "Phase", "Terms", "gan_phases"]
 
-FAMILIES = {"gan": gan_phases}
+FAMILIES: dict[str, Family] = {"gan": GAN}

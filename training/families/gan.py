@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from training.augment import NO_AUGMENTATION, AugmentConfig, augment
+from training.families.family import Family
 from training.families.phase import Batch, Networks, Phase, Terms
+from training.models import make_gan
 from training.objectives import OBJECTIVES, PENALTIES
 from training.objectives.packing import pack
 from training.objectives.penalties import between, finite_difference_norms, squared_gradient_norms
@@ -107,3 +109,11 @@ def _judge(network: nn.Module, points: dict[str, Tensor], labels: Tensor, penali
         if differentiated:
             norms |= dict(zip(group, squares.unflatten(0, (-1, len(group))).unbind(1), strict=True))
     return logits, norms
+
+
+GAN = Family(
+    names=("generator", "discriminator"),
+    networks=lambda config, shape: make_gan(config.generator, config.discriminator, shape, config.objective.pack),
+    phases=lambda config, augmentation: gan_phases(config.objective.loss, exact=config.exact_penalties,
+                                                   packed=config.objective.pack, augmentation=augmentation),
+    shown={"D": "discriminator/adversarial", "G": "generator/adversarial"})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_shards import ShardSet, batches, episode
 from data_shards.errors import UserError
+from training.augment import NO_AUGMENTATION
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
 from training.draws import generator, latents
@@ -21,7 +22,7 @@ from training.engines import EngineConfig, make_engine
 from training.events import append_event, cut_events
 from training.families import FAMILIES
 from training.loop import NonFinite, Plan, State, train
-from training.networks import load_weights, make_networks
+from training.networks import best_stem, load_weights, make_networks
 from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
 from training.recipe import TrainingRecipe
@@ -33,7 +34,6 @@ from training.world import World
 Weights = dict[str, dict[str, Tensor]]
 """Network name -> parameter name -> tensor on the CPU."""
 Progress = Callable[[int, int, dict[str, float]], None]
-META_NETWORKS = ("generator", "discriminator")
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def adapt_to_task(loop: InnerLoop, task: Task) -> TaskResult:
                    for name, network in networks.items()}, {})
     plan = Plan(until=config.inner_steps * config.inner_batch, batch=config.inner_batch, seed=task.seed,
                 latent_dim=training.generator.latent_dim,
-                lr={"generator": config.inner_lr, "discriminator": config.inner_lr},
+                lr=dict.fromkeys(FAMILIES[training.family].names, config.inner_lr),
                 weights=training.objective.penalties(), ema_halflife_images=0.0,
                 precision=training.precision)
     metrics: dict[str, float] = {}
     feed = batches(source, batch=config.inner_batch, seed=task.seed, streams=1, subset=support)
-    phases = FAMILIES[training.family](training.objective.loss, packed=training.objective.pack)
+    phases = FAMILIES[training.family].phases(training.on_one_process(), NO_AUGMENTATION)
     train(state, phases, feed, plan, report=lambda _, found: metrics.update(found))
     return TaskResult({name: {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
                        for name, network in networks.items()}, metrics)
@@ -129,13 +129,14 @@ def metatrain(recipe: TrainingRecipe, source: ShardSet, run: Path, start: Path, 
     identity = meta_id(recipe, start_sha256, source)
     folder = run / "meta" / identity
     per_step = config.tasks * config.inner_steps * config.inner_batch
+    names = FAMILIES[recipe.training.family].names
     newest = latest_valid(folder)
     if newest:
-        tensors, saved = load_checkpoint(newest, META_NETWORKS)
+        tensors, saved = load_checkpoint(newest, names)
         shared, step = tensors, saved["images"] // per_step
     else:
-        tensors, _ = load_checkpoint(start, ("generator_ema", "discriminator"))
-        shared, step = {"generator": tensors["generator_ema"], "discriminator": tensors["discriminator"]}, 0
+        tensors, _ = load_checkpoint(start, tuple(best_stem(name) for name in names))
+        shared, step = {name: tensors[best_stem(name)] for name in names}, 0
     if step >= config.steps and newest:
         return newest
     cut_events(folder / "events.jsonl", step * per_step)
@@ -149,8 +150,8 @@ def metatrain(recipe: TrainingRecipe, source: ShardSet, run: Path, start: Path, 
             step += 1
             images = step * per_step
             if step % config.report_every_steps == 0 or step == config.steps:
-                names = results[0].metrics.keys()
-                metrics = {name: sum(result.metrics[name] for result in results) / len(results) for name in names}
+                metrics = {name: sum(result.metrics[name] for result in results) / len(results)
+                           for name in results[0].metrics}
                 metrics["images_per_second"] = (step - done_before) * per_step / (time.monotonic() - clock)
                 append_event(folder / "events.jsonl", stage="meta", trial=identity, images=images, metrics=metrics)
                 log.log(metrics, images)

@@ -1,0 +1,38 @@
+"""What a family of generative models is: networks, and the phases that train them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from training.augment import AugmentConfig
+from training.families.phase import Phase
+from training.models.layers import Shape
+
+if TYPE_CHECKING:
+    from training.recipe import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Every family has a network "generator", z (N, latent_dim) -> samples (N, *shape) in [-1, 1], whose moving average is what
+    is sampled, scored and adapted; a network's section of the recipe, its optimizer included, has the network's name.
+
+    Args:
+        names: of the networks.
+        networks: fresh ones, drawn from torch's default generator.
+        phases: in the order in which a step runs them.
+        shown: the terms that a line of progress shows, by what they are called there.
+    """
+
+    names: tuple[str, ...]
+    networks: Callable[[TrainingConfig, Shape], dict[str, nn.Module]]
+    phases: Callable[[TrainingConfig, AugmentConfig], list[Phase]]
+    shown: Mapping[str, str]
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """The shown terms of a report."""
+        return "  ".join(f"{label} {metrics[name]:.3f}" for label, name in self.shown.items() if name in metrics)
