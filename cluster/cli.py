@@ -74,7 +74,7 @@ def _run(recipe: str, sets: list[str] | None, out: str | None, address: str | No
     from training.recipe import read_recipe
 
     resolved = read_recipe(Model, recipe, parse_overrides(sets or []))
-    run_stages(resolved, _folder(out or f"runs/{resolved.name}"), stages=stages, address=address, dry_run=dry_run)
+    run_stages(resolved, _folder(f"runs/{resolved.name}" if out is None else out), stages=stages, address=address, dry_run=dry_run)
 
 
 @app.command(epilog="Example: graft run recipes/demo.yaml --set training.images=50000 --out runs/short")
@@ -298,10 +298,12 @@ def version() -> None:
 
 def _folder(text: str) -> Path:
     from data_shards.errors import UserError
+    from training.folders import run_folder
 
     if "://" in text:
         raise UserError(f"--out {text} is a URL, to which only `python -m training RECIPE` writes so far; give a local or "
                         "shared path, such as runs/demo.")
+    run_folder(text)
     return Path(text)
 
 

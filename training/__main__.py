@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = read_recipe(TrainingRecipe, options.recipe, parse_overrides(options.set))
         source = open_set(set_place(recipe.data, recipe.data.source))
         world = join_world()
-        run = run_folder(options.out or f"runs/{recipe.name}")
+        run = run_folder(f"runs/{recipe.name}" if options.out is None else options.out)
         folder = inside(run, "pretrain")
         done = from_rank_0(lambda: str(finished_pretraining(recipe, source, folder) or ""), world)
         if done:

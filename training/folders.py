@@ -23,6 +23,8 @@ def run_folder(text: str) -> Folder:
     Raises:
         UserError: for an address that cannot be written to.
     """
+    if not text.strip():
+        raise UserError("--out is empty; give a folder, or leave it out for runs/<recipe name>.")
     if "://" not in text:
         return Path(text).resolve()
     place = parse_place(text)

@@ -70,10 +70,11 @@ class AugmentConfig(Config):
     @model_validator(mode="after")
     def _transforms(self) -> AugmentConfig:
         known = AUGMENTATIONS[self.kind].transforms if self.kind else ()
+        if self.transforms and self.kind is None:
+            raise ValueError(f"transforms need a kind, which is null; set kind to one of {', '.join(AUGMENTATIONS)}")
         for name in self.transforms or ():
             if name not in known:
-                raise ValueError(f"there is no transform {name} in {self.kind or 'no augmentation'}; "
-                                 f"known: {', '.join(known) or 'none'}")
+                raise ValueError(f"there is no transform {name} in {self.kind}; known: {', '.join(known)}")
         return self
 
     @property

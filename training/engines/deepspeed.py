@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ class DeepSpeedEngine:
         # DeepSpeed would compile its shared-memory collectives with g++ here, a minute on first use; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Of torch 2.13, about collectives that DeepSpeed 0.19.8 calls: nothing that our user could change.
+        warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
         self.module = module
         self.world = world
         self.zero = zero
