@@ -74,7 +74,8 @@ def _run(recipe: str, sets: list[str] | None, out: str | None, address: str | No
     from training.recipe import read_recipe
 
     resolved = read_recipe(Model, recipe, parse_overrides(sets or []))
-    run_stages(resolved, _folder(f"runs/{resolved.name}" if out is None else out), stages=stages, address=address, dry_run=dry_run)
+    folder = _folder(f"runs/{resolved.name}" if out is None else out)
+    run_stages(resolved, folder, stages=stages, address=address, dry_run=dry_run)
 
 
 @app.command(epilog="Example: graft run recipes/demo.yaml --set training.images=50000 --out runs/short")

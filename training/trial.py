@@ -5,9 +5,10 @@ Plain functions of one process: the fan-out runs them as Ray Tune trials, a note
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from data_shards import batches
 from data_shards.files import write_json
@@ -27,9 +29,9 @@ from training.draws import latents
 from training.ema import make_average, whole_average
 from training.engines import EngineConfig, make_engine, whole_weights
 from training.events import append_event, cut_events
-from training.families import FAMILIES
+from training.families import FAMILIES, Phase
 from training.loop import NonFinite, Plan, State, train
-from training.methods import METHODS
+from training.methods import METHODS, Adaptation
 from training.metrics.copying import nearest_support
 from training.metrics.kid import kid
 from training.metrics.likeness import Pictures
@@ -38,11 +40,13 @@ from training.networks import load_start, load_weights, make_networks
 from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
 from training.recipe import AdaptationConfig, TrainingRecipe, resolve
+from training.sample import averaged_generator
 from training.source import open_cached
 from training.target import Target, feature_net, load_target, target_features
 from training.wandb_log import open_run
 from training.world import World
 
+AVERAGE = "generator_average"  # the file stem of the average as it is trained, of a search trial that may go on
 EVALUATIONS = 4  # points of a trial's curve, evenly spaced over its budget
 
 
@@ -86,7 +90,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
         The row of `leaderboard.json` (DESIGN part 5), with "selection_kid", "phase" and "hyperparameters" beside.
     """
     identity = trial_id(trial, recipe)
-    recipe = resolve(type(recipe), apply_overrides(recipe.model_dump(mode="json"), trial.hyperparameters), where="trial")
+    recipe = resolve(type(recipe), apply_overrides(recipe.model_dump(mode="json"), {
+        **METHODS[trial.method].settings, **trial.hyperparameters}), where="trial")
     config, folder = recipe.adaptation, trial_folder(run, trial, identity)
     row = read_row(folder)
     if row and (row["status"] == "failed" or row["images_seen"] >= until):
@@ -95,7 +100,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     started = time.monotonic()
     target = load_target(trial.set_path, config.shots, trial.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _make_state(trial, recipe, folder, target)
+    state, phases = _begin(trial, recipe, folder, target)
     events = folder / "events.jsonl"
     cut_events(events, state.images)
     spent_before = float(row["seconds"]) if row else 0.0
@@ -110,7 +115,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
 
     def look() -> None:
         """Generate from the same latents as ever, and take the selection score."""
-        load_weights(shown, whole_average(state.averages["generator"], state.engines["generator"]), what="the average")
+        load_weights(shown, _plain_average(state), what="the average")
         seen["images"] = generate(shown, z)
         seen["features"] = extractor.extract(seen["images"])
         seen["selection_kid"] = kid(seen["features"], features["held_back"])
@@ -128,7 +133,6 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
-        phases = FAMILIES[recipe.training.family].phases(recipe.training.on_one_process(), config.augmentation)
         train(state, phases, support, _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
@@ -178,10 +182,8 @@ def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_pa
     """A final trial's row with its scores taken again, from its checkpoint, in another net or over another sample count."""
     target = load_target(set_path, row["shots"], row["seed"])
     features = target_features(set_path, row["shots"], row["seed"], net, str(run))
-    network = make_networks(recipe.training, target.image_shape, 0)["generator"]
-    tensors, _ = load_checkpoint(run / row["checkpoint"], ("generator_ema",))
-    load_weights(network, tensors["generator_ema"], what=f"{row['checkpoint']}/generator_ema.safetensors")
-    z = latents(row["seed"], "evaluation", 0, samples or recipe.evaluation.samples, recipe.training.generator.latent_dim)
+    network, own, _ = averaged_generator(run / row["checkpoint"])
+    z = latents(row["seed"], "evaluation", 0, samples or recipe.evaluation.samples, own.training.generator.latent_dim)
     extractor = feature_net(net, str(run))
     images = generate(network, z)
     scores = score(extractor.extract(images), features["reference"], features["support"], features["held_back"],
@@ -190,12 +192,16 @@ def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_pa
     return {**row, **scores, "contract": found}
 
 
-def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -> State:
-    config = recipe.adaptation
+def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -> tuple[State, Sequence[Phase]]:
+    """The trial's state, at its start or where it was left, and what its steps run."""
+    config, method, family = recipe.adaptation, METHODS[trial.method], FAMILIES[recipe.training.family]
     networks = make_networks(recipe.training, target.image_shape, trial.seed)
     if trial.checkpoint:
         load_start(networks, Path(trial.checkpoint))
-    METHODS[trial.method].prepare(networks, config)
+    adaptation = Adaptation(recipe, {name: copy.deepcopy(network).requires_grad_(False) for name, network in networks.items()},
+                            target.support, trial.seed,
+                            family.phases(recipe.training.on_one_process(), config.augmentation))
+    method.prepare(networks, adaptation)
     images, strength = 0, Strength()
     tensors: dict[str, dict[str, Tensor]] = {}
     if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
@@ -206,8 +212,8 @@ def _make_state(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Targ
     optimizer = OptimizerConfig(lr=config.lr, betas=config.betas)
     engines = {name: make_engine(name, network, optimizer, EngineConfig(kind="torch"), World(), batch=config.batch,
                                  state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
-    return State(engines, {"generator": make_average(engines["generator"], tensors.get("generator_ema"))}, images=images,
-                 strength=strength)
+    average = make_average(engines["generator"], tensors.get(AVERAGE))
+    return State(engines, {"generator": average}, images=images, strength=strength), method.phases(adaptation)
 
 
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
@@ -220,10 +226,27 @@ def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
                 report_every_images=max(config.images // EVALUATIONS, config.batch))
 
 
+def _plain_average(state: State) -> dict[str, Tensor]:
+    """The generator's average as the family's own network has it, whatever parameterisation the method trains."""
+    engine = state.engines["generator"]
+    average = whole_average(state.averages["generator"], engine)
+    if not any(parametrize.is_parametrized(module) for module in engine.module.modules()):
+        return average
+    plain = copy.deepcopy(engine.module)
+    plain.load_state_dict(average)
+    for module in filter(parametrize.is_parametrized, plain.modules()):
+        parametrizations = module.parametrizations
+        assert isinstance(parametrizations, nn.ModuleDict)
+        for name in list(parametrizations):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return {name: value.detach().cpu() for name, value in plain.state_dict().items()}
+
+
 def _save(trial: Trial, recipe: TrainingRecipe, state: State, folder: Path) -> None:
     """A search trial keeps all it needs to go on; a final one the generator that was scored."""
-    weights = {"generator_ema": whole_average(state.averages["generator"], state.engines["generator"])}
+    weights = {"generator_ema": _plain_average(state)}
     if trial.phase == "search":
+        weights[AVERAGE] = whole_average(state.averages["generator"], state.engines["generator"])
         weights |= {name: whole_weights(engine) for name, engine in state.engines.items()}
         weights |= {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
     save_checkpoint(folder, weights, {"images": state.images, "recipe": recipe.model_dump(mode="json"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from training.methods import finetune, freezed, reptile, scratch
-from training.methods.method import Method
+from training.methods.method import Adaptation, Method
+
+__all__ = ["METHODS", "Adaptation", "Method"]
 
 METHODS: dict[str, Method] = {
     "scratch": scratch.METHOD,

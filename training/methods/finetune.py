@@ -1,5 +1,5 @@
 """Full fine-tuning of G and D from the source's weights (TransferGAN, Wang et al. 2018)."""
 
-from training.methods.method import Method, train_everything
+from training.methods.method import Method
 
-METHOD = Method(start="pretrain", prepare=train_everything)
+METHOD = Method(start="pretrain")

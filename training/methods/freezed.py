@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from data_shards.errors import UserError
 from training.families import Networks
-from training.methods.method import Method
-
-if TYPE_CHECKING:
-    from training.recipe import AdaptationConfig
+from training.methods.method import Adaptation, Method
 
 
-def freeze_lowest_blocks(networks: Networks, config: AdaptationConfig) -> None:
-    """Freeze ``config.frozen_blocks`` blocks of D.
+def freeze_lowest_blocks(networks: Networks, adaptation: Adaptation) -> None:
+    """Freeze ``adaptation.frozen_blocks`` blocks of D.
 
     Raises:
-        UserError: when D has no more than that many blocks.
+        UserError: for a family without a discriminator, or when it has no more than that many blocks.
     """
-    blocks = networks["discriminator"].blocks
+    if "discriminator" not in networks:
+        raise UserError(f"the method freezed freezes a discriminator, which the family {adaptation.recipe.training.family} has "
+                        "none of; leave it out of fanout.methods.")
+    blocks, count = networks["discriminator"].blocks, adaptation.recipe.adaptation.frozen_blocks
     assert isinstance(blocks, nn.ModuleList)
-    if not 0 < config.frozen_blocks <= len(blocks):
-        raise UserError(f"adaptation.frozen_blocks = {config.frozen_blocks} does not fit a discriminator of {len(blocks)} "
-                        f"blocks; use 1 to {len(blocks)}.")
-    for block in list(blocks)[:config.frozen_blocks]:
+    if not 0 < count <= len(blocks):
+        raise UserError(f"adaptation.frozen_blocks = {count} does not fit a discriminator of {len(blocks)} blocks; use 1 to "
+                        f"{len(blocks)}.")
+    for block in list(blocks)[:count]:
         block.requires_grad_(False)
 
 

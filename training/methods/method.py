@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from training.families import Networks
+from torch import Tensor
+
+from training.families import Batch, Networks, Phase, Terms
 
 if TYPE_CHECKING:
-    from training.recipe import AdaptationConfig
+    from training.recipe import TrainingRecipe
+
+Extra = Callable[[Networks, Batch], Tensor]
+"""A term of a loss: a mean over the images given, so that the mean over micro-batches is that of the batch."""
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The trial that a method works for."""
+
+    recipe: TrainingRecipe  # with the trial's hyper-parameters and the method's settings
+    source: Networks  # the networks as they begin, frozen; fresh ones from scratch
+    support: Tensor  # uint8 (shots, C, H, W)
+    seed: int
+    phases: Sequence[Phase]  # the family's own
 
 
 @dataclass(frozen=True)
 class Method:
     """A way to reach a target domain.
 
-    ``start`` says whose weights it begins with; ``prepare`` changes the networks before their engines are made (freezing,
-    say) and may raise UserError for a setting that the networks cannot meet; ``hyperparameters`` are the fields of the
-    recipe's ``adaptation`` section that a search may vary for it.
+    Args:
+        start: whose weights it begins with.
+        prepare: changes the networks before their engines are made: freezes weights, or gives them another parameterisation
+            (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more.
+        phases: what a step runs, made of the family's own.
+        settings: recipe values, by dotted key, that the method comes with.
+        hyperparameters: fields of the recipe's ``adaptation`` section that a search may vary for it.
+
+    `prepare` and `phases` may raise UserError for a setting or a family that the method cannot serve.
     """
 
     start: Literal["scratch", "pretrain", "meta"]
-    prepare: Callable[[Networks, AdaptationConfig], None]
+    prepare: Callable[[Networks, Adaptation], None] = lambda networks, adaptation: None
+    phases: Callable[[Adaptation], Sequence[Phase]] = lambda adaptation: adaptation.phases
+    settings: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: tuple[str, ...] = ("lr", "r1")
 
 
-def train_everything(networks: Networks, config: AdaptationConfig) -> None:
-    """Leave every weight trainable."""
+def with_term(phases: Sequence[Phase], network: str, name: str, weight: float, extra: Extra) -> list[Phase]:
+    """The phases, that of ``network`` with ``weight`` times a further term, reported as ``name``."""
+
+    def added(phase: Phase) -> Phase:
+        def loss(networks: Networks, batch: Batch) -> Terms:
+            terms = phase.loss(networks, batch)
+            term = extra(networks, batch)
+            return {**terms, "total": terms["total"] + weight * term, name: term.detach()}
+
+        return replace(phase, loss=loss)
+
+    return [added(phase) if phase.network == network and weight else phase for phase in phases]

@@ -1,5 +1,5 @@
 """Full fine-tuning of G and D from weights that Reptile meta-learned (FIGR, Clouatre and Demers 2019)."""
 
-from training.methods.method import Method, train_everything
+from training.methods.method import Method
 
-METHOD = Method(start="meta", prepare=train_everything)
+METHOD = Method(start="meta")

@@ -1,5 +1,5 @@
 """The control: fresh weights, the same budget. Every gain is measured against it."""
 
-from training.methods.method import Method, train_everything
+from training.methods.method import Method
 
-METHOD = Method(start="scratch", prepare=train_everything)
+METHOD = Method(start="scratch")
