@@ -20,9 +20,12 @@ app = typer.Typer(name="graft", no_args_is_help=True, add_completion=False, pret
                   epilog="Example: graft run recipes/smoke.yaml")
 jobs = typer.Typer(no_args_is_help=True, help="Jobs that were sent to a Ray cluster.",
                    epilog="Example: graft jobs list --address http://head:8265")
+sources = typer.Typer(no_args_is_help=True, help="Sources for a target: which one suits it.",
+                      epilog="Example: graft sources rank data/kanjivg/target --among data/quickdraw/source data/mnist/source")
 recipes = typer.Typer(no_args_is_help=True, help="Recipes: list them, print one resolved, print every key.",
                       epilog="Example: graft recipes show demo")
 app.add_typer(shards, name="shards")
+app.add_typer(sources, name="sources")
 app.add_typer(jobs, name="jobs")
 app.add_typer(recipes, name="recipes")
 
@@ -141,6 +144,30 @@ def evaluate(target: Annotated[Path, typer.Argument(metavar="TARGET", help="A ru
                                    address=address)
     print(scores_text(found))
     print(path)
+
+
+@sources.callback()
+def _sources() -> None:
+    """So that `rank` stays a command's name while there is one."""
+
+
+@sources.command(epilog="Example: graft sources rank data/kanjivg/target --among data/quickdraw/source data/mnist/source")
+def rank(target: Annotated[str, typer.Argument(metavar="TARGET", help="The target's set: folder or URL.")],
+         among: Annotated[list[str], typer.Option("--among", metavar="SOURCE", help="A set, or a run that was pretrained on "
+                                                  "one; repeatable.")],
+         more: Annotated[list[str] | None, typer.Argument(metavar="[SOURCE]...", help="More of --among.")] = None,
+         net: Annotated[list[str] | None, typer.Option(help="Feature net; repeatable. efficientnet-lite0 and "
+                                                       "inception by default.")] = None,
+         limit: Annotated[int, typer.Option(min=8, help="Most images of a set that are compared.")] = 2000,
+         probe: Annotated[int, typer.Option(min=0, help="Also fine-tune each run's networks over so many images.")] = 0,
+         seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
+         out: Annotated[Path | None, typer.Option("--out", help="JSON file of the ranking.")] = None) -> None:
+    """Which source suits a target: distances in several feature nets, and a short fine-tuning of each."""
+    from cluster.sources import rank_sources, ranking_text
+
+    found = rank_sources(target, [*among, *(more or ())], nets=net or ["efficientnet-lite0", "inception"], limit=limit,
+                         seed=seed, probe_images=probe, out=out)
+    print(ranking_text(found))
 
 
 @app.command(epilog="Example: graft report runs/demo")

