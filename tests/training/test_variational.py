@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Laplace, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Bernoulli, Distribution, Laplace, MultivariateNormal, Normal, kl_divergence
 
 from training.objectives.variational import (
     BOUNDS,
@@ -53,7 +53,7 @@ def test_likelihoods_are_torch_distributions_own(name: str) -> None:
     images = draw(N, 2, 3, 3, seed=3).sign() if name == "bernoulli" else draw(N, 2, 3, 3, seed=3).clamp(-1, 1)
     found = LIKELIHOODS[name].nll(outputs, images, scale)
     if name == "bernoulli":
-        distribution: Bernoulli | Normal | Laplace = Bernoulli(logits=outputs)
+        distribution: Distribution = Bernoulli(logits=outputs)
         expected, mean = distribution.log_prob((images > 0).double()), 2 * distribution.mean - 1  # of white and black pixels
     else:
         distribution = {"gaussian": Normal, "l1": Laplace}[name](outputs, scale)
