@@ -154,8 +154,7 @@ class TrainingConfig(Config):
     def _known_model(self) -> TrainingConfig:
         models = FAMILIES[self.family].models
         if self.generator.model not in models:
-            raise ValueError(f"generator.model = {self.generator.model!r}: there is no such model in the family {self.family}; "
-                             f"known: {', '.join(models)}")
+            raise ValueError(f"there is no such model; known: {', '.join(models)} (generator.model, family {self.family})")
         return self
 
     @model_validator(mode="after")

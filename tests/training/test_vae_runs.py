@@ -151,7 +151,7 @@ def test_a_trial_has_the_divergence_s_weight_after_the_warm_up(run: Path, recipe
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"training.family": "vea"}, "known: gan, vae, autoencoder, vaegan"),
-    ({"training.generator.model": "r3gan"}, "there is no such model in the family vae; known: mlp, dcgan"),
+    ({"training.generator.model": "r3gan"}, r"there is no such model; known: mlp, dcgan \(generator.model, family vae\)"),
     ({"training.vae.reconstruction": "mse"}, "there is no such likelihood; known: bernoulli, gaussian, l1"),
     ({"training.vae.bound": "iwae"}, "there is no such bound; known: elbo, importance"),
     ({"training.vae.bound": "importance", "training.vae.free_bits": 0.1}, "free_bits are of divergences by dimension"),
