@@ -165,6 +165,9 @@ class TrainingConfig(Config):
         if self.vae.compare == "features" and self.family == "vaegan" and self.objective.pack > 1:
             raise ValueError("vae.compare = features takes D's features of single images, and objective.pack makes packs of "
                              "them; set pack to 1, or compare to pixels")
+        if self.objective.pack > 1 and "discriminator" not in FAMILIES[self.family].names:
+            raise ValueError(f"objective.pack makes packs for a discriminator, which the family {self.family} has none of; "
+                             "leave it out")
         check_judged("training.augmentation", self.augmentation, self.family)
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from training.config import apply_overrides
 from training.cost import blank_batch, step_flops
 from training.events import read_events
 from training.families import FAMILIES
+from training.meta.reptile import metatrain
 from training.metrics.encoder import save_encoder, train_encoder
 from training.models.autoencoder import Autoencoder
 from training.networks import make_networks
@@ -141,6 +143,17 @@ def test_trials_of_every_method_that_applies(run: Path, recipe: Recipes, family:
     assert isinstance(network, Autoencoder)
 
 
+def test_meta_learned_weights_are_a_start_too(run: Path, recipe: Recipes, source: ShardSet) -> None:
+    start = run / "vae" / "pretrain" / "step-000000000064"
+    checkpoint = metatrain(recipe("vae"), source, run, start, checkpoint_hash(start))
+    before, after = load_checkpoint(start)[0]["generator_ema"], load_checkpoint(checkpoint)[0]["generator"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    metrics = read_events(checkpoint.parent / "events.jsonl")[-1]["metrics"]
+    assert metrics["generator/elbo"] == pytest.approx(-metrics["generator/reconstruction"] - metrics["generator/kl"], rel=1e-5)
+    given = dataclasses.replace(trial(run, "vae", "reptile"), start="meta:x", checkpoint=str(checkpoint))
+    assert run_trial(given, recipe("vae"), run, until=32)["status"] == "finished"
+
+
 def test_a_trial_has_the_divergence_s_weight_after_the_warm_up(run: Path, recipe: Recipes) -> None:
     assert _plan(trial(run, "vae", "finetune"), recipe("vae"), 32).weights["kl"] == 1.0
     assert make_plan(recipe("vae")).weights["kl"] == [(0.0, 0.0), (48.0, 1.0)]
@@ -158,6 +171,7 @@ def test_a_trial_has_the_divergence_s_weight_after_the_warm_up(run: Path, recipe
     ({"training.vae.samples": 2, "training.family": "vaegan"}, "vae.samples are of the family vae only"),
     ({"training.vae.bound": "importance", "training.family": "autoencoder"}, "vae.bound and vae.samples are of"),
     ({"training.objective.pack": 2, "training.family": "vaegan"}, "takes D's features of single images"),
+    ({"training.objective.pack": 2}, "objective.pack makes packs for a discriminator, which the family vae has none of"),
     ({"training.augmentation.kind": "ada"}, "training.augmentation.kind = ada .* which the family vae has none of"),
     ({"adaptation.augmentation.kind": "ada"}, "adaptation.augmentation.kind = ada .* which the family vae has none of"),
     ({"training.engine.zero": {"discriminator": 1}}, "engine.zero names 'discriminator', but the networks are generator")])
