@@ -67,8 +67,8 @@ def visits(images: Tensor, start: int = 0) -> Iterator[Images]:
 
 
 def settings(images: int, **vae: Any) -> TrainingConfig:
-    """Adam as in the paper, (0.9, 0.999) and an epsilon of 1e-4; its rate falls from 1e-3 to 1e-4 over the second half."""
-    rate = [[0, 1e-3], [images / 2, 1e-3], [images, 1e-4]]
+    """Adam as in the paper, (0.9, 0.999) and an epsilon of 1e-4; its rate falls from 2e-3 to 0."""
+    rate = [[0, 2e-3], [images, 0.0]]
     return TrainingConfig.model_validate({
         "family": "vae", "images": images, "batch": BATCH, "precision": "fp32", "engine": {"kind": "torch"},
         "generator": {"model": "mlp", "channels": 200, "mlp": {"layers": 2}, "latent_dim": 50, "lr": rate,
