@@ -177,8 +177,11 @@ def mean_over_seeds(logs: Iterable[Sequence[Row]], metric: str) -> list[Point]:
 
 
 def pretrain_charts(lines: Sequence[Row]) -> list[Any]:
-    """Losses, penalties and speed of the pretraining."""
-    groups = [("adversarial loss", {"generator/adversarial": "generator",
+    """Losses, penalties and speed of the pretraining, of whatever family; what it has none of is not drawn."""
+    groups = [("evidence lower bound, nats an image", {"generator/elbo": "ELBO"}),
+              ("reconstruction, nats an image", {"generator/reconstruction": "reconstruction"}),
+              ("divergence from the prior, nats an image", {"generator/kl": "KL"}),
+              ("adversarial loss", {"generator/adversarial": "generator",
                                     "discriminator/adversarial": "discriminator"}),
               ("penalty on D's gradient", {"discriminator/r1": "R1 (real)", "discriminator/r2": "R2 (generated)"}),
               ("images per second", {"images_per_second": "all workers"})]

@@ -65,6 +65,8 @@ METRIC_NAMES = {"data_wait": "share of time spent waiting for data", "images_per
                 "discriminator/r1": "R1 penalty (real)", "discriminator/r2": "R2 penalty (generated)",
                 "discriminator/real_logit": "D's logit of real images",
                 "discriminator/fake_logit": "D's logit of generated images",
+                "generator/elbo": "evidence lower bound (nats)", "generator/kl": "divergence from the prior (nats)",
+                "generator/reconstruction": "reconstruction (nats)",
                 "generator/grad_norm": "G's gradient norm", "discriminator/grad_norm": "D's gradient norm",
                 "selection_kid": "selection KID"}
 

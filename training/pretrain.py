@@ -90,7 +90,7 @@ def make_plan(recipe: TrainingRecipe) -> Plan:
     config = recipe.training
     return Plan(until=config.images, batch=config.batch, seed=recipe.seed, latent_dim=config.generator.latent_dim,
                 lr={name: optimizer.lr for name, optimizer in config.optimizers().items()},
-                weights=config.objective.penalties(), augmentation=config.augmentation,
+                weights=config.weights(), augmentation=config.augmentation,
                 every={name: optimizer.every for name, optimizer in config.optimizers().items()},
                 accumulation=config.engine.accumulation, rescues=config.rescues,
                 ema_halflife_images=config.ema_halflife_images, precision=config.precision,

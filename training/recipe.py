@@ -19,13 +19,13 @@ from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
 from training.families import FAMILIES
+from training.families.vae import VaeConfig
 from training.health import HealthConfig
-from training.models import MODELS
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import OBJECTIVES, ObjectiveConfig
 from training.objectives.packing import check_packing
 from training.optimizers import OptimizerConfig
-from training.schedule import Schedule, check_schedule
+from training.schedule import Schedule, check_schedule, last_value
 from training.wandb_log import WandbConfig
 
 HIGHER_SECTIONS = ("fanout", "cluster")
@@ -68,6 +68,7 @@ class TrainingConfig(Config):
     generator: GeneratorConfig = GeneratorConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    vae: VaeConfig = VaeConfig()
     augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
@@ -131,6 +132,15 @@ class TrainingConfig(Config):
         """Of each network."""
         return {name: getattr(self, name) for name in FAMILIES[self.family].names}
 
+    def weights(self, *, warm: bool = False) -> dict[str, Schedule]:
+        """Of the losses' terms, by what the family's phases call them.
+
+        Args:
+            warm: for trials and tasks, whose count of images begins at 0 again: the divergence's weight after its warm-up.
+        """
+        kl = self.vae.kl_weight
+        return {**self.objective.penalties(), "kl": last_value(kl) if warm else kl, "adversarial": self.vae.adversarial_weight}
+
     def on_one_process(self) -> TrainingConfig:
         """As trials and tasks train: by the plain engine."""
         return self.model_copy(update={"engine": EngineConfig(kind="torch")})
@@ -142,8 +152,23 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _known_model(self) -> TrainingConfig:
-        if self.generator.model not in MODELS:
-            raise ValueError(f"there is no such model; known: {', '.join(MODELS)}")
+        models = FAMILIES[self.family].models
+        if self.generator.model not in models:
+            raise ValueError(f"there is no such model; known: {', '.join(models)} (generator.model, family {self.family})")
+        return self
+
+    @model_validator(mode="after")
+    def _family_reads_it(self) -> TrainingConfig:
+        """What would silently do nothing is refused."""
+        if (self.vae.samples > 1 or self.vae.bound != "elbo") and self.family in ("autoencoder", "vaegan"):
+            raise ValueError(f"vae.bound and vae.samples are of the family vae only; leave them out for {self.family}")
+        if self.vae.compare == "features" and self.family == "vaegan" and self.objective.pack > 1:
+            raise ValueError("vae.compare = features takes D's features of single images, and objective.pack makes packs of "
+                             "them; set pack to 1, or compare to pixels")
+        if self.objective.pack > 1 and "discriminator" not in FAMILIES[self.family].names:
+            raise ValueError(f"objective.pack makes packs for a discriminator, which the family {self.family} has none of; "
+                             "leave it out")
+        check_judged("training.augmentation", self.augmentation, self.family)
         return self
 
     @model_validator(mode="after")
@@ -217,6 +242,7 @@ class TrainingRecipe(Config):
         check_groups("adaptation.batch", self.adaptation.batch, 1, self.training)
         check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
+        check_judged("adaptation.augmentation", self.adaptation.augmentation, self.training.family)
         return self
 
 
@@ -237,6 +263,13 @@ def check_adaptive(key: str, augmentation: AugmentConfig, objective: ObjectiveCo
     if augmentation.adaptive and OBJECTIVES[objective.loss].margin is None:
         raise UserError(f"{key}.p = adaptive needs D's decision on real images, which {objective.loss} has none of; give p as "
                         "a number or a schedule, or take another loss.")
+
+
+def check_judged(key: str, augmentation: AugmentConfig, family: str) -> None:
+    """Refuse augmentation of what D sees where there is no D."""
+    if augmentation.kind and "discriminator" not in FAMILIES[family].names:
+        raise UserError(f"{key}.kind = {augmentation.kind} changes what a discriminator sees, which the family {family} has "
+                        "none of; leave it out.")
 
 
 RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)

@@ -23,6 +23,11 @@ def value_at(schedule: Schedule, images: float) -> float:
     return float(before[1])
 
 
+def last_value(schedule: Schedule) -> float:
+    """Where the schedule ends."""
+    return value_at(schedule, float("inf"))
+
+
 def check_schedule(schedule: Schedule) -> Schedule:
     """Refuse negative values and knots out of order (pydantic turns the ValueError into the user's sentence)."""
     if not isinstance(schedule, list):

@@ -220,7 +220,7 @@ def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
     config: AdaptationConfig = recipe.adaptation
     return Plan(until=until, batch=config.batch, seed=trial.seed, latent_dim=recipe.training.generator.latent_dim,
                 lr=dict.fromkeys(FAMILIES[recipe.training.family].names, config.lr),
-                weights={**recipe.training.objective.penalties(), "r1": config.r1, "r2": config.r2},
+                weights={**recipe.training.weights(warm=True), "r1": config.r1, "r2": config.r2},
                 augmentation=config.augmentation,
                 ema_halflife_images=config.ema_halflife_images, precision=recipe.training.precision,
                 report_every_images=max(config.images // EVALUATIONS, config.batch))

@@ -231,6 +231,18 @@ def test_a_short_budget_or_few_seeds_are_said_beside_the_headline(tmp_path: Path
     assert "verdicts favour transfer" in build_report(run).read_text()
 
 
+def test_a_pretraining_of_another_family_is_drawn_by_its_own_terms(tmp_path: Path) -> None:
+    for images in (64, 128, 192):
+        append_event(tmp_path / "pretrain" / "events.jsonl", stage="pretrain", images=images, metrics={
+            "generator/elbo": -200 + images / 10, "generator/kl": 9.0, "generator/reconstruction": 190.0,
+            "images_per_second": 50})
+    page = build_report(tmp_path).read_text()
+    drawn = re.findall(r'<svg class="chart"[^>]*aria-label="([^"]*)"', page)
+    assert drawn == ["evidence lower bound, nats an image", "reconstruction, nats an image",
+                     "divergence from the prior, nats an image", "images per second"]
+    assert metric_name("generator/kl") == "divergence from the prior (nats)"
+
+
 def test_metrics_are_named_in_words(page: str) -> None:
     assert metric_name("some/new_one") == "some new one"
     words = text_of(page)

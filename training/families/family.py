@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from training.augment import AugmentConfig
 from training.families.phase import Phase
+from training.models import MODELS
 from training.models.layers import Shape
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ class Family:
         networks: fresh ones, drawn from torch's default generator.
         phases: in the order in which a step runs them.
         shown: the terms that a line of progress shows, by what they are called there.
+        models: shapes that its networks can have, by the names that `training.generator.model` may be.
     """
 
     names: tuple[str, ...]
     networks: Callable[[TrainingConfig, Shape], dict[str, nn.Module]]
     phases: Callable[[TrainingConfig, AugmentConfig], list[Phase]]
     shown: Mapping[str, str]
+    models: Mapping[str, Any] = field(default_factory=lambda: MODELS)
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """The shown terms of a report."""

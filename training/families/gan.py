@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -15,9 +16,16 @@ from training.objectives import OBJECTIVES, PENALTIES
 from training.objectives.packing import pack
 from training.objectives.penalties import between, finite_difference_norms, squared_gradient_norms
 
+Codes = Callable[[Networks, Batch, str], Tensor]
+"""The latents (N, latent_dim) whose images are the fakes of a phase, named by its network."""
 
-def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
-               augmentation: AugmentConfig = NO_AUGMENTATION) -> list[Phase]:
+
+def from_the_prior(networks: Networks, batch: Batch, phase: str) -> Tensor:
+    return batch.latents[phase]
+
+
+def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentation: AugmentConfig = NO_AUGMENTATION,
+               codes: Codes = from_the_prior) -> list[Phase]:
     """Discriminator, then generator. The batch's ``weights`` hold the penalties', named as in `PENALTIES`, and "augment",
     the augmentation's probability; what has no weight is not computed.
 
@@ -26,6 +34,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
     Args:
         exact: penalties by double backward; else by finite differences, which need single backward passes only (ZeRO 3).
         packed: images that D judges together.
+        codes: of the fakes.
     """
     adversarial = OBJECTIVES[objective]
     draws = augmentation.draws()
@@ -38,7 +47,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
 
     def discriminator(networks: Networks, batch: Batch) -> Terms:
         with torch.no_grad():
-            fake = _told(networks["generator"], batch.latents["discriminator"], batch.labels).float()
+            fake = _told(networks["generator"], codes(networks, batch, "discriminator"), batch.labels).float()
             fake = shown(fake, batch, "discriminator fake")
             points = {"real": shown(batch.images, batch, "discriminator real"), "fake": fake}
         weights = {name: weight for name in PENALTIES if (weight := batch.weights.get(name, 0.0))}
@@ -59,7 +68,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1,
         return terms
 
     def generator(networks: Networks, batch: Batch) -> Terms:
-        fake = _told(networks["generator"], batch.latents["generator"], batch.labels).float()
+        fake = _told(networks["generator"], codes(networks, batch, "generator"), batch.labels).float()
         fake_logits = _told(networks["discriminator"], shown(fake, batch, "generator fake"), batch.labels).float()
         real_logits = torch.zeros_like(fake_logits)
         if adversarial.paired:

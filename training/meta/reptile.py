@@ -82,7 +82,7 @@ def adapt_to_task(loop: InnerLoop, task: Task) -> TaskResult:
     plan = Plan(until=config.inner_steps * config.inner_batch, batch=config.inner_batch, seed=task.seed,
                 latent_dim=training.generator.latent_dim,
                 lr=dict.fromkeys(FAMILIES[training.family].names, config.inner_lr),
-                weights=training.objective.penalties(), ema_halflife_images=0.0,
+                weights=training.weights(warm=True), ema_halflife_images=0.0,
                 precision=training.precision)
     metrics: dict[str, float] = {}
     feed = batches(source, batch=config.inner_batch, seed=task.seed, streams=1, subset=support)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -34,15 +35,23 @@ class Encoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """``encode``: samples -> (mean, log-variance); forward: z (N, latent_dim) -> samples (N, *shape), unbounded.
+    """``encode``: samples (N, *shape) -> (mean, log-variance); ``decode``: z (N, latent_dim) -> outputs (N, *shape), unbounded;
+    forward: z -> samples, the ``mean`` of what the outputs say.
 
-    The outputs are means of a Gaussian or Laplace, or logits of a Bernoulli: the reconstruction term says which.
+    The outputs are means of a Gaussian or Laplace, or logits of a Bernoulli: the likelihood says which, and its mean function
+    is ``mean``.
     """
 
     def __init__(self, encoder: Encoder, decoder: nn.Module, latent_dim: int, classes: int) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.latent_dim, self.classes = latent_dim, classes
+        self.mean: Callable[[Tensor], Tensor] = _as_it_is
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder's from the latent's side, then the encoder's from the samples' side."""
+        return [block for half in (self.decoder, self.encoder.body) for block in cast(nn.ModuleList, half.blocks)]
 
     def parts(self) -> Parts:
         """Those of the decoder."""
@@ -53,14 +62,21 @@ class Autoencoder(nn.Module):
         mean, log_variance = self.encoder(samples, labels)
         return mean, log_variance
 
+    def decode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        outputs: Tensor = self.decoder(z, labels)
+        return outputs
+
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        samples: Tensor = self.decoder(z, labels)
-        return samples
+        return self.mean(self.decode(z, labels))
+
+    def compile(self, *arguments: Any, **named: Any) -> None:
+        """Of both halves: training runs them by themselves."""
+        self.encoder.compile(*arguments, **named)
+        self.decoder.compile(*arguments, **named)
 
 
-def sample_posterior(mean: Tensor, log_variance: Tensor, standard: Tensor) -> Tensor:
-    """z = mu + sigma * epsilon for epsilon = ``standard`` ~ N(0, I) (Kingma and Welling 2014, section 2.4)."""
-    return mean + (0.5 * log_variance).exp() * standard
+def _as_it_is(outputs: Tensor) -> Tensor:
+    return outputs
 
 
 class Layers(nn.Module):

@@ -28,7 +28,8 @@ class StyleConfig(Config):
 
 
 class GeneratorConfig(OptimizerConfig):
-    model: str = Field("dcgan", description="shape of generator and discriminator: a name in training/models/__init__.py")
+    model: str = Field("dcgan", description="shape of the networks: a name in training/models/__init__.py; of autoencoders "
+                                            "mlp or dcgan")
     channels: int = Field(64, ge=4, description="channels at full resolution, where deeper layers double it; the mlp's units")
     growth: int = Field(8, ge=1, description="deeper layers have at most so many times `channels`")
     latent_dim: int = Field(128, ge=1, description="size of the latent z ~ N(0, I)")
