@@ -19,6 +19,7 @@ from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
 from training.families import FAMILIES
+from training.families.cyclegan import CycleganConfig
 from training.families.vae import VaeConfig
 from training.health import HealthConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
@@ -36,6 +37,8 @@ RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 class DataConfig(Config):
     source: str = Field(description="set of images to pretrain on: a folder below `root` or a path")
     root: str = operational("data", "folder or URL that holds the fetched and packed sets")
+    translate_to: str | None = Field(None, description="set of domain B, for families that translate between two sets "
+                                                       "(cyclegan); the source is domain A")
     mix: dict[str, float] = Field({}, description="further sets to pretrain on, and the weight of each where the source's is 1")
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
@@ -46,10 +49,10 @@ class DataConfig(Config):
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
 
-    @field_validator("source", "root")
+    @field_validator("source", "root", "translate_to")
     @classmethod
-    def _address(cls, value: str) -> str:
-        return check_address(value)
+    def _address(cls, value: str | None) -> str | None:
+        return value if value is None else check_address(value)
 
     @field_validator("mix", "class_weights")
     @classmethod
@@ -69,6 +72,7 @@ class TrainingConfig(Config):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     vae: VaeConfig = VaeConfig()
+    cyclegan: CycleganConfig = CycleganConfig()
     augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
@@ -98,8 +102,7 @@ class TrainingConfig(Config):
             for name in networks:
                 if name not in names:
                     raise ValueError(f"engine.{key} names {name!r}, but the networks are {' and '.join(names)}")
-        penalised = "discriminator" in names and any(any(value for _, value in weight) if isinstance(weight, list) else weight
-                        for weight in self.objective.penalties().values())
+        penalised = "discriminator" in names and self.objective.penalised
         if "discriminator" in engine.compile and penalised:
             raise ValueError("engine.compile cannot have the discriminator while it has gradient penalties, since a compiled "
                              "network has no double backward; compile the generator only")
@@ -169,6 +172,11 @@ class TrainingConfig(Config):
             raise ValueError(f"objective.pack makes packs for a discriminator, which the family {self.family} has none of; "
                              "leave it out")
         check_judged("training.augmentation", self.augmentation, self.family)
+        return self
+
+    @model_validator(mode="after")
+    def _family_fits(self) -> TrainingConfig:
+        FAMILIES[self.family].refuse(self)
         return self
 
     @model_validator(mode="after")
@@ -243,6 +251,21 @@ class TrainingRecipe(Config):
         check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         check_judged("adaptation.augmentation", self.adaptation.augmentation, self.training.family)
+        return self
+
+    @model_validator(mode="after")
+    def _two_sets_or_one(self) -> TrainingRecipe:
+        family, translates = self.training.family, FAMILIES[self.training.family].translates
+        if translates and not self.data.translate_to:
+            raise UserError(f"training.family = {family} translates from data.source to data.translate_to, which is missing; "
+                            "name a set there.")
+        if self.data.translate_to and not translates:
+            raise UserError(f"data.translate_to = {self.data.translate_to} is for families that translate, and training.family "
+                            f"= {family} makes images from noise; leave it out, or use the family cyclegan.")
+        if translates and (self.meta.steps or self.evaluation.during_pretraining):
+            key = "meta.steps" if self.meta.steps else "evaluation.during_pretraining"
+            raise UserError(f"{key} needs a generator that makes images from noise, and training.family = {family} translates "
+                            "images; set it to 0.")
         return self
 
 
