@@ -21,7 +21,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batch: int = 250, **settings: float) -> Tensor:
     """Images uint8 (N, C, H, W) of the latents z (N, latent_dim), in evaluation mode.
 
-    ``labels`` (N,) are the classes that a conditional generator is told; by default all in turn. ``settings`` go to its forward pass.
+    ``labels`` (N,) are the classes that a conditional generator is told; by default all in turn. ``settings`` go to its
+    forward pass.
     """
     target, classes, training = device(), getattr(generator, "classes", 0), generator.training
     if labels is None and classes:

@@ -158,7 +158,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     phases = family.phases(config, config.augmentation)
     counted = family.phases(config, NO_AUGMENTATION)  # it works element by element, mostly
     blank = blank_batch(counted, source.manifest.image_shape, plan.latent_dim,
-                        {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch, two_sets=second is not None)
+                        {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch,
+                        two_sets=second is not None)
     budget = Budget(known_flops(counted, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
     optimizers = config.optimizers()
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
@@ -243,6 +244,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
             state.images, share,
             {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
              "image_shape": list(source.manifest.image_shape),
+             "classes": list(source.manifest.classes) if config.generator.classes else [],
              "data_position": where(state.images),
              "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
              "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),

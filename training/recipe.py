@@ -210,6 +210,8 @@ class AdaptationConfig(Config):
     r1: Schedule = Field(1.0, description="weight of R1")
     r2: Schedule = Field(1.0, description="weight of R2")
     augmentation: AugmentConfig = AugmentConfig()
+    conditional: bool = Field(False, description="tell the networks the classes of the target set, which begin as the source's "
+                                                 "of the same name, or at the mean of the source's; pictures are of all alike")
     frozen_blocks: int = Field(2, ge=0, description="FreezeD: blocks of D, from the image side, that stay fixed")
     ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
 
@@ -242,6 +244,9 @@ class TrainingRecipe(Config):
 
     @model_validator(mode="after")
     def _sizes(self) -> TrainingRecipe:
+        if self.adaptation.conditional and self.training.objective.pack > 1:
+            raise UserError(f"adaptation.conditional and training.objective.pack = {self.training.objective.pack} exclude each "
+                            "other: a pack would have several classes, and D's projection takes one; use one of the two.")
         if self.adaptation.batch > self.adaptation.images:
             raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
                             f"{self.adaptation.batch}; raise it.")

@@ -12,7 +12,7 @@ from data_shards import Part, ShardSet, class_parts, open_set
 from data_shards.errors import UserError
 from training.config import content_id
 from training.draws import generator
-from training.recipe import DataConfig
+from training.recipe import DataConfig, TrainingRecipe
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,6 +33,12 @@ def set_place(data: DataConfig, name: str) -> str:
 def source_sets(data: DataConfig) -> list[str]:
     """The names of the sets that pretraining reads."""
     return [data.source, *data.mix, *([data.translate_to] if data.translate_to else [])]
+
+
+def told_classes(recipe: TrainingRecipe, place: str) -> tuple[str, ...]:
+    """Names of the classes of a set that the recipe's networks are told, in the order of their labels; none where they are
+    told none."""
+    return open_cached(place).manifest.classes if recipe.training.generator.classes else ()
 
 
 def domain_b(data: DataConfig, source: ShardSet) -> ShardSet | None:
