@@ -24,9 +24,8 @@ def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batc
     ``labels`` (N,) are the classes that a conditional generator is told; by default all in turn. ``settings`` go to its
     forward pass.
     """
-    target, classes, training = device(), getattr(generator, "classes", 0), generator.training
-    if labels is None and classes:
-        labels = torch.arange(len(z)) % classes
+    target, training = device(), generator.training
+    labels = in_turn(generator, len(z)) if labels is None else labels
     generator.eval()
     try:
         given = (z,) if labels is None else (z, labels)
@@ -34,6 +33,12 @@ def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batc
                           for start in range(0, len(z), batch)])
     finally:
         generator.train(training)
+
+
+def in_turn(generator: nn.Module, count: int) -> Tensor | None:
+    """All classes that a generator is told, one after the other, (count,); None where it is told none."""
+    classes = getattr(generator, "classes", 0)
+    return torch.arange(count) % classes if classes else None
 
 
 def translate(translator: nn.Module, images: Tensor, batch: int = 250) -> Tensor:

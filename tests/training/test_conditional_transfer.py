@@ -16,9 +16,11 @@ from data_shards import Sample, UserError, open_set, pack_images
 from tests.toy import SIZE, toy_recipe, toy_set, toy_tree
 from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.draws import latents
+from training.evaluation import of_checkpoint
 from training.meta.reptile import metatrain
 from training.metrics.encoder import save_encoder, train_encoder
 from training.networks import load_start, make_networks
+from training.pictures import to_uint8
 from training.pretrain import pretrain
 from training.recipe import TrainingRecipe
 from training.sample import averaged_generator
@@ -116,6 +118,15 @@ def test_the_rows_of_classes_go_by_their_names(root: Path) -> None:
         there = source.state_dict()[name]
         assert not torch.equal(there[0], there[1]), "the source has learned its classes"
         torch.testing.assert_close(rows[1], there.mean(0))
+
+
+def test_a_conditional_checkpoint_is_scored_with_the_classes_it_was_told(root: Path) -> None:
+    fakes = of_checkpoint(checkpoint_of(root, "told"), 9, 0)
+    assert fakes.labels == ("bar", "cross", "bar", "cross", "bar", "cross", "bar", "cross", "bar")
+    assert fakes.generate is not None
+    z = latents(0, "evaluation", 0, 9, 4)
+    assert torch.equal(to_uint8(fakes.generate(z)), fakes.images)
+    assert of_checkpoint(checkpoint_of(root, "untold"), 9, 0).labels is None
 
 
 def test_a_source_without_names_of_classes_goes_to_a_target_without_classes_only(root: Path, tmp_path: Path) -> None:

@@ -332,3 +332,11 @@ def test_sets_of_unlike_shape_are_refused(root: Path) -> None:
 
 def test_the_family_says_that_it_translates() -> None:
     assert FAMILIES["cyclegan"].translates and not FAMILIES["gan"].translates
+
+
+def test_activation_checkpointing_changes_nothing(root: Path) -> None:
+    plain = trained(World(), str(root), "plain", {"images": 24})
+    again = trained(World(), str(root), "again", {"images": 24, "engine": {"kind": "torch", "checkpoint_activations": True}})
+    for stem, named in plain.items():
+        for name, value in named.items():
+            torch.testing.assert_close(again[stem][name], value)
