@@ -305,7 +305,7 @@ def list_recipes() -> None:
     """The recipes that come with graft, each with the first line of its file."""
     from training.recipe import RECIPES_FOLDER
 
-    for path in sorted(RECIPES_FOLDER.glob("*.yaml")):
+    for path in sorted(RECIPES_FOLDER.glob("*.yaml"), key=lambda path: path.stem):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         print(f"{path.stem:32} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
 
