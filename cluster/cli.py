@@ -7,11 +7,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.cli_shards import Address, DryRun, Overwrite, shards
+
+if TYPE_CHECKING:
+    from data_shards import ShardSet
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -179,33 +182,59 @@ def report(run: Run) -> None:
     print(build_report(folder))
 
 
-@app.command(epilog="Example: graft sample runs/demo --count 64; graft sample runs/demo --count 10000 --shards data/synthetic")
-def sample(run: Run,
-           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png.")] = None,
+@app.command(epilog="Example: graft sample runs/demo --count 64; graft sample runs/demo --count 10000 --shards data/synthetic; "
+                    "graft sample runs/cycle --from mnist/source --shards data/translated")
+def sample(target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint's.")],
+           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png, or beside the "
+                                                    "checkpoint.")] = None,
+           source: Annotated[str | None, typer.Option("--from", metavar="SET", help="Of a translator (cyclegan): the set whose "
+                                                      "training images are translated, shown above their translation.")] = None,
+           reverse: Annotated[bool, typer.Option("--reverse", help="With --from: from domain B to domain A.")] = False,
            to_shards: Annotated[str | None, typer.Option("--shards", metavar="DST", help="Pack them as a set in this folder "
                                                          "or store instead, with where they come from.")] = None,
            stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
            trial: Annotated[str | None, typer.Option(help="Id of a trial instead of a stage.")] = None,
-           count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 64,
+           count: Annotated[int | None, typer.Option(min=1, help="Number of pictures; 64, or with --from and --shards all of "
+                                                     "the set.")] = None,
            seed: Annotated[int, typer.Option(min=0, help="Seed of the latents.")] = 0,
-           truncation: Annotated[float | None, typer.Option(help="Cut latents off at +- this many deviations.")] = None,
+           truncation: Annotated[float | None, typer.Option(help="With styles: psi, 1 leaves them and 0 is their mean; "
+                                                            "else cut latents off at +- so many deviations.")] = None,
            overwrite: Overwrite = False) -> None:
-    """Generated pictures: a grid, or a set of shards that is a source like any other."""
-    checkpoint = _checkpoint(_existing_run(run), stage, trial)
-    from cluster.progress import counting
+    """Generated or translated pictures: a grid, or a set of shards that is a source like any other."""
     from data_shards.errors import UserError
-    from training.sample import sample_grid, sample_shards
 
+    if out is not None and to_shards is not None:
+        raise UserError("--out is for a grid and --shards for a set; give one of them.")
+    if source is None and reverse:
+        raise UserError("--reverse is the direction of a translation; add --from SET.")
+    if source is not None and (truncation is not None or seed):
+        raise UserError("--truncation and --seed are of pictures made from noise; leave them out with --from.")
+    from cluster.progress import counting
+    from training.checkpoint import is_checkpoint
+    from training.sample import sample_grid, sample_shards, translate_grid, translate_shards
+
+    if is_checkpoint(target):
+        checkpoint, out = target, out or target.with_name(f"grid-{target.name}.png")
+    else:
+        checkpoint, out = _checkpoint(_existing_run(target), stage, trial), out or target / f"grid-{trial or stage}.png"
+    images = None if source is None else _named_set(source, checkpoint)
     if to_shards is None:
-        out = out or run / f"grid-{trial or stage}.png"
-        sample_grid(checkpoint, out, count, seed, truncation)
+        if images is None:
+            sample_grid(checkpoint, out, count or 64, seed, truncation)
+        else:
+            translate_grid(checkpoint, images, out, count or 64, reverse=reverse)
         print(out)
         return
-    if out is not None:
-        raise UserError("--out is for a grid and --shards for a set; give one of them.")
     with counting("sample") as show:
-        made = sample_shards(checkpoint, to_shards, count, seed, truncation, overwrite=overwrite,
-                             progress=lambda done, total, _: show(done, total), say=print)
+        def shown(done: int, total: int, _size: int) -> None:
+            show(done, total)
+
+        if images is None:
+            made = sample_shards(checkpoint, to_shards, count or 64, seed, truncation, overwrite=overwrite, progress=shown,
+                                 say=print)
+        else:
+            made = translate_shards(checkpoint, images, to_shards, count, reverse=reverse, overwrite=overwrite, progress=shown,
+                                    say=print)
     print(f"{to_shards}: {len(made)} images in {len(made.manifest.shards)} shards, made by {checkpoint}")
 
 
@@ -276,7 +305,7 @@ def list_recipes() -> None:
     """The recipes that come with graft, each with the first line of its file."""
     from training.recipe import RECIPES_FOLDER
 
-    for path in sorted(RECIPES_FOLDER.glob("*.yaml")):
+    for path in sorted(RECIPES_FOLDER.glob("*.yaml"), key=lambda path: path.stem):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         print(f"{path.stem:32} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
 
@@ -342,6 +371,19 @@ def _existing_run(folder: Path) -> Path:
         raise UserError(f"{folder} is not a run's folder (it has no recipe.yaml); make one with `graft run RECIPE "
                         f"--out {folder}`.")
     return folder
+
+
+def _named_set(name: str, checkpoint: Path) -> ShardSet:
+    """A set by its path or URL, or by its name below the data.root that a checkpoint's recipe has."""
+    from data_shards import open_set
+    from training.checkpoint import load_checkpoint
+    from training.recipe import DataConfig
+    from training.source import set_place
+
+    if "://" in name or (Path(name) / "manifest.json").exists():
+        return open_set(name)
+    _, state = load_checkpoint(checkpoint, ("generator_ema",))
+    return open_set(set_place(DataConfig.model_validate(state["recipe"]["data"]), name))
 
 
 def _checkpoint(run: Path, stage: str, trial: str | None) -> Path:

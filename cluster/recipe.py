@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_shards.errors import UserError
 from training.config import Config, operational
+from training.families import FAMILIES
 from training.objectives.packing import check_packing
 from training.recipe import TrainingRecipe, check_groups, per_worker_batch
 from tune_spaces.config import FanoutConfig
@@ -79,10 +80,10 @@ class Recipe(TrainingRecipe):
         return self
 
     @model_validator(mode="after")
-    def _targets_have_the_sources_classes(self) -> Any:
-        if self.training.generator.classes and self.fanout.targets:
-            raise ValueError(f"training.generator.classes = {self.training.generator.classes} makes a source that is told its "
-                             "classes, and target domains have others; leave fanout.targets out, or set it to 0")
+    def _targets_have_a_generator(self) -> Any:
+        if self.fanout.targets and FAMILIES[self.training.family].translates:
+            raise ValueError(f"training.family = {self.training.family} translates images and makes none from noise, which the "
+                             "trials on fanout.targets adapt and score; leave fanout.targets out")
         return self
 
     @property

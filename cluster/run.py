@@ -28,8 +28,8 @@ from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
-from training.source import set_place, source_parts, source_sets
-from training.target import load_target
+from training.source import domain_b, set_place, source_parts, source_sets
+from training.target import for_target, load_target
 from training.world import World, device, has_bf16
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
@@ -148,9 +148,12 @@ def ready_sets(recipe: Recipe) -> ShardSet:
             fetch(dataset, recipe.data.root, only=wanted)
     source = open_set(set_place(recipe.data, recipe.data.source))
     check_shapes(source_parts(recipe.data, source))
+    domain_b(recipe.data, source)
     for target in recipe.fanout.targets:
         load_target(set_place(recipe.data, target.set), recipe.adaptation.shots, recipe.seed)
-        shape = open_set(set_place(recipe.data, target.set)).manifest.image_shape
+        images = open_set(set_place(recipe.data, target.set))
+        for_target(recipe, images)
+        shape = images.manifest.image_shape
         if shape != source.manifest.image_shape:
             raise UserError(f"the target set {target.set} has images of shape {shape} and the source "
                             f"{source.manifest.image_shape}; pack it with the source's --size and --channels.")

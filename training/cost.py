@@ -56,7 +56,7 @@ def step_flops(phases: Sequence[Phase], networks: Mapping[str, nn.Module], batch
     with torch.random.fork_rng(devices=[]), no_autocast:
         for phase in phases:
             with only(phase.network, engines), _Counter() as counter:
-                phase.loss(meta, batch)["total"].backward()
+                phase.loss(meta, phase.prepared(meta, batch, World()))["total"].backward()
             flops += counter.flops / (every or {}).get(phase.network, 1)
     return flops
 
@@ -95,9 +95,10 @@ def _convolution_backward_flops(output_gradient: Tensor, inputs: Tensor, weight:
 
 
 def blank_batch(phases: Sequence[Phase], image_shape: tuple[int, int, int], latent_dim: int, weights: Mapping[str, float],
-                count: int) -> Batch:
-    """A batch of ``count`` blank images with the latents of every phase, on the meta device."""
-    return Batch(images=torch.empty(count, *image_shape, device="meta"), weights=weights,
+                count: int, *, two_sets: bool = False) -> Batch:
+    """A batch of ``count`` blank images (of each of two sets) with the latents of every phase, on the meta device."""
+    images = torch.empty(count, *image_shape, device="meta")
+    return Batch(images=images, images_b=images if two_sets else None, weights=weights,
                  labels=torch.empty(count, dtype=torch.int64, device="meta"),
                  latents={phase.network: torch.empty(count, latent_dim, device="meta") for phase in phases},
                  uniforms={f"{phase.network} {purpose}": torch.zeros(count, draws, dtype=torch.float64, device="meta")

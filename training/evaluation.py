@@ -26,7 +26,7 @@ from training.metrics.copying import nearest_support
 from training.metrics.extraction import MapFn, image_features, moments_of, set_features, set_moments
 from training.metrics.features import FeatureNet
 from training.metrics.score import contract
-from training.pictures import generate, save_grid
+from training.pictures import generate, in_turn, save_grid
 from training.sample import averaged_generator
 from training.target import support_indices
 from training.world import device
@@ -59,6 +59,13 @@ def of_checkpoint(folder: Path, samples: int, seed: int) -> Fakes:
     network, recipe, state = averaged_generator(folder)
     latent_dim = recipe.training.generator.latent_dim
     images = generate(network, latents(seed, "evaluation", 0, samples, latent_dim))
+    told = in_turn(network, samples)
+
+    def make(z: Tensor) -> Tensor:
+        given, labels = z.to(device()), in_turn(network, len(z))
+        found: Tensor = network(given) if labels is None else network(given, labels.to(given.device))
+        return found
+
     row = folder.parent / "row.json"
     trial = json.loads(row.read_text()) if row.is_file() else {}
     support = {"shots": trial["shots"], "seed": trial["seed"]} if trial else {}
@@ -66,7 +73,8 @@ def of_checkpoint(folder: Path, samples: int, seed: int) -> Fakes:
         support["set"] = trial["contract"]["reference_hash"]
     return Fakes(images, {"kind": "checkpoint", "path": str(folder), "sha256": checkpoint_hash(folder),
                           "images_seen": state["images"], "seed": seed},
-                 generate=lambda z: network(z.to(device())), latent_dim=latent_dim, support=support)
+                 labels=tuple(state["classes"][label] for label in told.tolist()) if told is not None and state.get("classes")
+                 else None, generate=make, latent_dim=latent_dim, support=support)
 
 
 def of_images(path: Path, image_shape: tuple[int, int, int], samples: int | None, seed: int) -> Fakes:

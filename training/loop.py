@@ -82,13 +82,15 @@ Report = Callable[[State, dict[str, float]], None]
 Snapshot = Callable[[State], None]
 
 
-def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan: Plan, *, world: World | None = None,
+def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan: Plan, *,
+          batches_b: Iterator[Images] | None = None, world: World | None = None,
           report: Report | None = None, snapshot: Snapshot | None = None, stop: StopAsked | None = None,
           between: Callable[[], None] | None = None) -> State:
     """Train until ``plan.until`` images have been seen.
 
     Args:
         batches: this rank's share of each global batch, from the position ``state.images`` on.
+        batches_b: likewise of a second set, for families that translate.
         report: called with the means of all terms over the ranks since the last call, and images/s.
         snapshot: called after a report of finite values.
         between: called before each step, when all ranks are at the same place.
@@ -120,11 +122,12 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
             between()
 
         started = time.monotonic()
-        given = next(batches)
+        given, given_b = next(batches), next(batches_b) if batches_b else None
         state.waited_s += time.monotonic() - started
         images = to_signed(given.images)
         batch = Batch(
-            images=images, labels=given.labels.to(images.device, non_blocking=True),
+            images=images, images_b=to_signed(given_b.images) if given_b else None,
+            labels=given.labels.to(images.device, non_blocking=True),
             latents={phase.network: latents(plan.seed, phase.network, state.images, plan.batch, plan.latent_dim,
                                             world).to(images.device) for phase in phases},
             weights={"augment": strength_at(plan.augmentation, state.strength, state.images),
@@ -139,7 +142,9 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
             engine = state.engines[phase.network]
             terms: list[Terms] = []
             with only(phase.network, state.engines):
-                for part in batch.parts(plan.accumulation):
+                with autocast(plan.precision):
+                    whole = phase.prepared(state.networks, batch, world)
+                for part in whole.parts(plan.accumulation):
                     with autocast(plan.precision):
                         terms.append(phase.loss(state.networks, part))
                     engine.backward(terms[-1]["total"])

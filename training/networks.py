@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from training.draws import generator as draw
 from training.families import FAMILIES
 from training.models.layers import Shape
 from training.recipe import TrainingConfig
+from training.transplant import Transplant, transplant
 from training.world import device
 
 
@@ -42,12 +43,22 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, what: str
     network.load_state_dict(dict(weights))
 
 
-def load_start(networks: Mapping[str, nn.Module], checkpoint: Path) -> None:
-    """Begin from a checkpoint: the averaged generator, which is the better one, and the other networks."""
+def load_start(networks: Mapping[str, nn.Module], checkpoint: Path, classes: Sequence[str] = ()) -> dict[str, Transplant]:
+    """Begin from a checkpoint: the averaged generator, which is the better one, and the other networks.
+
+    Args:
+        classes: names of the classes that the networks are told; the checkpoint's may be others, or none.
+
+    Returns:
+        What became of each network's tensors.
+
+    Raises:
+        UserError: for any difference but in classes.
+    """
     stems = {name: best_stem(name) for name in networks}
-    tensors, _ = load_checkpoint(checkpoint, tuple(stems.values()))
-    for name, network in networks.items():
-        load_weights(network, tensors[stems[name]], what=f"{checkpoint}/{stems[name]}.safetensors")
+    tensors, state = load_checkpoint(checkpoint, tuple(stems.values()))
+    return {name: transplant(network, tensors[stems[name]], what=f"{checkpoint}/{stems[name]}.safetensors", classes=classes,
+                             source_classes=state.get("classes", ())) for name, network in networks.items()}
 
 
 def best_stem(network: str) -> str:

@@ -18,21 +18,42 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batch: int = 250) -> Tensor:
+def generate(generator: nn.Module, z: Tensor, labels: Tensor | None = None, batch: int = 250, **settings: float) -> Tensor:
     """Images uint8 (N, C, H, W) of the latents z (N, latent_dim), in evaluation mode.
 
-    ``labels`` (N,) are the classes that a conditional generator is told; by default all in turn.
+    ``labels`` (N,) are the classes that a conditional generator is told; by default all in turn. ``settings`` go to its
+    forward pass.
     """
-    target, classes, training = device(), getattr(generator, "classes", 0), generator.training
-    if labels is None and classes:
-        labels = torch.arange(len(z)) % classes
+    target, training = device(), generator.training
+    labels = in_turn(generator, len(z)) if labels is None else labels
     generator.eval()
     try:
-        return torch.cat([to_uint8(generator(z[start:start + batch].to(target),
-                                             None if labels is None else labels[start:start + batch].to(target)))
+        given = (z,) if labels is None else (z, labels)
+        return torch.cat([to_uint8(generator(*(each[start:start + batch].to(target) for each in given), **settings))
                           for start in range(0, len(z), batch)])
     finally:
         generator.train(training)
+
+
+def in_turn(generator: nn.Module, count: int) -> Tensor | None:
+    """All classes that a generator is told, one after the other, (count,); None where it is told none."""
+    classes = getattr(generator, "classes", 0)
+    return torch.arange(count) % classes if classes else None
+
+
+def translate(translator: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
+    """uint8 images (N, C, H, W) as uint8 images of the other domain, in evaluation mode."""
+    return generate(translator, images.float() / 127.5 - 1.0, batch=batch)
+
+
+def above_and_below(above: Tensor, below: Tensor, columns: int = 8) -> Tensor:
+    """uint8 images in the order of a grid of ``columns``: a row of ``above``, under it theirs of ``below``, and so on; the last
+    two rows are filled up in gray."""
+    rows = []
+    for pair in zip(above.split(columns), below.split(columns), strict=True):
+        for row in pair:
+            rows += [row, torch.full((columns - len(row), *row.shape[1:]), 128, dtype=torch.uint8)]
+    return torch.cat(rows)
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, gap: int = 1) -> None:

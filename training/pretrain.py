@@ -19,6 +19,7 @@ from training.augment import NO_AUGMENTATION, read_strength
 from training.checkpoint import images_of, latest_valid, load_checkpoint, read_state, step_folder
 from training.config import content_id, result_fields
 from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
+from training.draws import generator as draw
 from training.draws import latents
 from training.ema import make_average
 from training.engines import make_engine
@@ -27,14 +28,15 @@ from training.families import FAMILIES
 from training.folders import Folder, FolderT, base_name, inside, write_file
 from training.health import RollBack, Unhealthy, act, make_watch, observe, safe_images
 from training.loop import NonFinite, Plan, State, train
+from training.models.translation import Translators
 from training.networks import load_weights, make_networks
 from training.objectives.packing import check_packing
-from training.pictures import generate, grid_png
+from training.pictures import above_and_below, generate, grid_png, translate
 from training.recipe import TrainingRecipe, check_groups, per_worker_batch
 from training.rollback import roll_back, scale_after
 from training.schedule import value_at
 from training.snapshots import Snapshots, check_metric, checkpoint_parts, report_begun, unreported
-from training.source import source_id, source_parts, watched_ids
+from training.source import domain_b, source_id, source_parts, watched_ids
 from training.stopping import Stopped, stop_requests
 from training.vitals import look, what_to_look_at
 from training.wandb_log import open_run
@@ -137,7 +139,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     """
     config = recipe.training
     torch.set_num_threads(config.threads)
-    parts = source_parts(recipe.data, source)
+    parts, second = source_parts(recipe.data, source), domain_b(recipe.data, source)
     local_batch = per_worker_batch(config.batch, world.size, recipe.data.streams, config.engine.accumulation)
     check_packing("training.batch", config.batch, world.size * config.engine.accumulation, config.objective.pack)
     check_groups("training.batch", config.batch, world.size * config.engine.accumulation, config)
@@ -156,7 +158,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     phases = family.phases(config, config.augmentation)
     counted = family.phases(config, NO_AUGMENTATION)  # it works element by element, mostly
     blank = blank_batch(counted, source.manifest.image_shape, plan.latent_dim,
-                        {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch)
+                        {name: value_at(weight, 0) for name, weight in plan.weights.items()}, local_batch,
+                        two_sets=second is not None)
     budget = Budget(known_flops(counted, networks, blank, plan.every) / local_batch, *peak_flops(config.precision))
     optimizers = config.optimizers()
     engines = {name: make_engine(name, network, optimizers[name], config.engine, world, batch=local_batch,
@@ -172,6 +175,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     snapshots = Snapshots(folder, world, resumed=state.images, keep=config.keep_checkpoints, best=config.keep_best,
                           better=config.keep_best_is)
     newest_metrics: dict[str, float] = saved.get("metrics") or {}
+    reals = torch.empty(0)
     if lead:
         cut_events(events, state.images)
         reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
@@ -179,7 +183,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     watch = make_watch(config.health, from_rank_0(lambda: read_events(events), world))
     state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
     looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
-                             latent_dim=plan.latent_dim, packed=config.objective.pack) if config.health.every_images else None
+                             latent_dim=plan.latent_dim, packed=config.objective.pack
+                             ) if config.health.every_images and not family.translates else None
     # W&B's own files need a folder of this machine.
     wandb_folder = run if isinstance(run, Path) else Path("runs", base_name(run)).resolve()
     wandb_run = open_run(recipe.wandb, folder=wandb_folder, group=recipe.name, job_type="pretrain",
@@ -229,14 +234,17 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         share = snapshots.gather(checkpoint_parts(state), {"generator_ema": 0})
         samples = None
         if lead:
-            z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
             pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
             load_weights(pictured, share["generator_ema"], what="the generator's average")
-            samples = grid_png(generate(pictured, z))
+            if isinstance(pictured, Translators):
+                samples = grid_png(above_and_below(reals, translate(pictured.a_to_b, reals)))
+            else:
+                samples = grid_png(generate(pictured, latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)))
         snapshots.save(
             state.images, share,
             {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
              "image_shape": list(source.manifest.image_shape),
+             "classes": list(source.manifest.classes) if config.generator.classes else [],
              "data_position": where(state.images),
              "rng": {"scheme": "sha256(seed/purpose/images)", "seed": recipe.seed},
              "lr_scale": state.lr_scale, "rescues": state.rescues, "augmentation": state.strength.as_json(),
@@ -246,14 +254,18 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         if wandb_run and samples:
             wandb_run.log_image("samples", samples)
 
-    feed = batches(parts, batch=config.batch, seed=recipe.seed, rank=world.rank, world=world.size, images_seen=state.images,
-                   workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
-                   pin_memory=torch.cuda.is_available())
+    fed = partial(batches, batch=config.batch, rank=world.rank, world=world.size, images_seen=state.images,
+                  workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
+                  pin_memory=torch.cuda.is_available())
+    feed = fed(parts, seed=recipe.seed)
+    # Of another seed: the same order would pair the images of two sets that were made of the same ones.
+    feed_b = fed(second, seed=draw(recipe.seed, "domain b", 0).initial_seed()) if second else None
     try:
         clock = Clock()
         with stop_requests(folder) as stop, timed_collectives(clock):
             train(state, phases, _noted(clock.each("data", feed), state, step), plan, world=world, report=report,
-                  snapshot=snapshot, stop=stop, between=snapshots.settle)
+                  batches_b=clock.each("data", feed_b) if feed_b else None, snapshot=snapshot, stop=stop,
+                  between=snapshots.settle)
         snapshots.wait()
     except (Stopped, NonFinite, Unhealthy):  # on all ranks alike
         snapshots.wait()

@@ -19,6 +19,7 @@ from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
 from training.families import FAMILIES
+from training.families.cyclegan import CycleganConfig
 from training.families.vae import VaeConfig
 from training.health import HealthConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
@@ -36,6 +37,8 @@ RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 class DataConfig(Config):
     source: str = Field(description="set of images to pretrain on: a folder below `root` or a path")
     root: str = operational("data", "folder or URL that holds the fetched and packed sets")
+    translate_to: str | None = Field(None, description="set of domain B, for families that translate between two sets "
+                                                       "(cyclegan); the source is domain A")
     mix: dict[str, float] = Field({}, description="further sets to pretrain on, and the weight of each where the source's is 1")
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
@@ -46,10 +49,10 @@ class DataConfig(Config):
     window: int = Field(1024, ge=1, description="samples in each stream's shuffle window")
     workers: int = operational(0, "decoding processes per rank; 0 decodes in the training process", ge=0)
 
-    @field_validator("source", "root")
+    @field_validator("source", "root", "translate_to")
     @classmethod
-    def _address(cls, value: str) -> str:
-        return check_address(value)
+    def _address(cls, value: str | None) -> str | None:
+        return value if value is None else check_address(value)
 
     @field_validator("mix", "class_weights")
     @classmethod
@@ -69,6 +72,7 @@ class TrainingConfig(Config):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     vae: VaeConfig = VaeConfig()
+    cyclegan: CycleganConfig = CycleganConfig()
     augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
@@ -98,8 +102,7 @@ class TrainingConfig(Config):
             for name in networks:
                 if name not in names:
                     raise ValueError(f"engine.{key} names {name!r}, but the networks are {' and '.join(names)}")
-        penalised = "discriminator" in names and any(any(value for _, value in weight) if isinstance(weight, list) else weight
-                        for weight in self.objective.penalties().values())
+        penalised = "discriminator" in names and self.objective.penalised
         if "discriminator" in engine.compile and penalised:
             raise ValueError("engine.compile cannot have the discriminator while it has gradient penalties, since a compiled "
                              "network has no double backward; compile the generator only")
@@ -172,6 +175,11 @@ class TrainingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _family_fits(self) -> TrainingConfig:
+        FAMILIES[self.family].refuse(self)
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits(self) -> TrainingConfig:
         check_packing("training.batch", self.batch, self.engine.accumulation, self.objective.pack)
         check_groups("training.batch", self.batch, self.engine.accumulation, self)
@@ -202,6 +210,8 @@ class AdaptationConfig(Config):
     r1: Schedule = Field(1.0, description="weight of R1")
     r2: Schedule = Field(1.0, description="weight of R2")
     augmentation: AugmentConfig = AugmentConfig()
+    conditional: bool = Field(False, description="tell the networks the classes of the target set, which begin as the source's "
+                                                 "of the same name, or at the mean of the source's; pictures are of all alike")
     frozen_blocks: int = Field(2, ge=0, description="FreezeD: blocks of D, from the image side, that stay fixed")
     ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
 
@@ -234,6 +244,9 @@ class TrainingRecipe(Config):
 
     @model_validator(mode="after")
     def _sizes(self) -> TrainingRecipe:
+        if self.adaptation.conditional and self.training.objective.pack > 1:
+            raise UserError(f"adaptation.conditional and training.objective.pack = {self.training.objective.pack} exclude each "
+                            "other: a pack would have several classes, and D's projection takes one; use one of the two.")
         if self.adaptation.batch > self.adaptation.images:
             raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
                             f"{self.adaptation.batch}; raise it.")
@@ -243,6 +256,21 @@ class TrainingRecipe(Config):
         check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         check_judged("adaptation.augmentation", self.adaptation.augmentation, self.training.family)
+        return self
+
+    @model_validator(mode="after")
+    def _two_sets_or_one(self) -> TrainingRecipe:
+        family, translates = self.training.family, FAMILIES[self.training.family].translates
+        if translates and not self.data.translate_to:
+            raise UserError(f"training.family = {family} translates from data.source to data.translate_to, which is missing; "
+                            "name a set there.")
+        if self.data.translate_to and not translates:
+            raise UserError(f"data.translate_to = {self.data.translate_to} is for families that translate, and training.family "
+                            f"= {family} makes images from noise; leave it out, or use the family cyclegan.")
+        if translates and (self.meta.steps or self.evaluation.during_pretraining):
+            key = "meta.steps" if self.meta.steps else "evaluation.during_pretraining"
+            raise UserError(f"{key} needs a generator that makes images from noise, and training.family = {family} translates "
+                            "images; set it to 0.")
         return self
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from data_shards import Part, ShardSet, class_parts, open_set
+from data_shards.errors import UserError
 from training.config import content_id
 from training.draws import generator
-from training.recipe import DataConfig
+from training.recipe import DataConfig, TrainingRecipe
 
 
 @functools.lru_cache(maxsize=64)
@@ -31,7 +32,28 @@ def set_place(data: DataConfig, name: str) -> str:
 
 def source_sets(data: DataConfig) -> list[str]:
     """The names of the sets that pretraining reads."""
-    return [data.source, *data.mix]
+    return [data.source, *data.mix, *([data.translate_to] if data.translate_to else [])]
+
+
+def told_classes(recipe: TrainingRecipe, place: str) -> tuple[str, ...]:
+    """Names of the classes of a set that the recipe's networks are told, in the order of their labels; none where they are
+    told none."""
+    return open_cached(place).manifest.classes if recipe.training.generator.classes else ()
+
+
+def domain_b(data: DataConfig, source: ShardSet) -> ShardSet | None:
+    """The set of ``data.translate_to``, if any.
+
+    Raises:
+        UserError: when it cannot be opened, or its images have not the source's shape.
+    """
+    if data.translate_to is None:
+        return None
+    found = open_cached(set_place(data, data.translate_to))
+    if found.manifest.image_shape != source.manifest.image_shape:
+        raise UserError(f"the set {data.translate_to} (data.translate_to) has images of shape {found.manifest.image_shape} and "
+                        f"the source {source.manifest.image_shape}; pack it with the source's --size and --channels.")
+    return found
 
 
 def source_parts(data: DataConfig, source: ShardSet) -> list[Part]:
@@ -54,9 +76,10 @@ def source_parts(data: DataConfig, source: ShardSet) -> list[Part]:
 
 def source_id(data: DataConfig, source: ShardSet) -> str:
     """Identifies the images that pretraining reads, wherever they lie."""
-    if not data.mix:
+    further = source_sets(data)[1:]
+    if not further:
         return source.manifest.sha256
-    return content_id(source.manifest.sha256, *(open_cached(set_place(data, name)).manifest.sha256 for name in data.mix))
+    return content_id(source.manifest.sha256, *(open_cached(set_place(data, name)).manifest.sha256 for name in further))
 
 
 def held_back(data: DataConfig, source: ShardSet) -> np.ndarray:

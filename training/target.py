@@ -14,6 +14,7 @@ from data_shards.errors import UserError
 from training.draws import generator
 from training.metrics.extraction import image_features
 from training.metrics.features import FeatureNet, load_feature_net
+from training.recipe import RecipeT
 from training.source import open_cached
 from training.world import device
 
@@ -51,6 +52,21 @@ def support_indices(images: ShardSet, shots: int, seed: int) -> tuple[int, ...]:
                         "candidates on; lower adaptation.shots or pack more images.")
     order = torch.randperm(len(pool), generator=generator(seed, "support", 0))
     return tuple(int(pool[i]) for i in order[:shots])
+
+
+def for_target(recipe: RecipeT, images: ShardSet) -> RecipeT:
+    """The recipe of a trial on ``images``: its networks are told their classes where ``adaptation.conditional`` says so, else
+    none, whatever the source's were told.
+
+    Raises:
+        UserError: when they are to be told classes that the set does not have.
+    """
+    classes = len(images.manifest.classes) if recipe.adaptation.conditional else 0
+    if recipe.adaptation.conditional and (not classes or (images.samples["label"][images.indices("train")] < 0).any()):
+        raise UserError(f"adaptation.conditional tells the networks each image's class, and the target set {images.path} has "
+                        "images without one; pack it with one subfolder per class, or leave adaptation.conditional out.")
+    generator = recipe.training.generator.model_copy(update={"classes": classes})
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"generator": generator})})
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from training.draws import latents
 from training.ema import make_average, whole_average
 from training.engines import EngineConfig, make_engine, whole_weights
 from training.events import append_event, cut_events
-from training.families import FAMILIES, Phase
+from training.families import FAMILIES, Phase, check_generates
 from training.loop import NonFinite, Plan, State, train
 from training.methods import METHODS, Adaptation
 from training.metrics.copying import nearest_support
@@ -39,10 +39,10 @@ from training.metrics.score import contract, score
 from training.networks import load_start, load_weights, make_networks
 from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
-from training.recipe import AdaptationConfig, TrainingRecipe, resolve
+from training.recipe import SCHEMA_VERSION, AdaptationConfig, TrainingRecipe, resolve
 from training.sample import averaged_generator
-from training.source import open_cached
-from training.target import Target, feature_net, load_target, target_features
+from training.source import open_cached, told_classes
+from training.target import Target, feature_net, for_target, load_target, target_features
 from training.wandb_log import open_run
 from training.world import World
 
@@ -92,6 +92,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     identity = trial_id(trial, recipe)
     recipe = resolve(type(recipe), apply_overrides(recipe.model_dump(mode="json"), {
         **METHODS[trial.method].settings, **trial.hyperparameters}), where="trial")
+    check_generates(recipe.training, "the trial's recipe is")
+    recipe = for_target(recipe, open_cached(trial.set_path))
     config, folder = recipe.adaptation, trial_folder(run, trial, identity)
     row = read_row(folder)
     if row and (row["status"] == "failed" or row["images_seen"] >= until):
@@ -197,7 +199,10 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
     config, method, family = recipe.adaptation, METHODS[trial.method], FAMILIES[recipe.training.family]
     networks = make_networks(recipe.training, target.image_shape, trial.seed)
     if trial.checkpoint:
-        load_start(networks, Path(trial.checkpoint))
+        done = load_start(networks, Path(trial.checkpoint), told_classes(recipe, trial.set_path))
+        write_json(folder / "start.json", {
+            "schema_version": SCHEMA_VERSION, "start": trial.start, "checkpoint_sha256": trial.checkpoint_sha256,
+            "networks": {name: asdict(each) for name, each in done.items()}})
     adaptation = Adaptation(recipe, {name: copy.deepcopy(network).requires_grad_(False) for name, network in networks.items()},
                             target.support, trial.seed,
                             family.phases(recipe.training.on_one_process(), config.augmentation))
@@ -251,6 +256,7 @@ def _save(trial: Trial, recipe: TrainingRecipe, state: State, folder: Path) -> N
         weights |= {f"{name}_optimizer": engine.optimizer_state() for name, engine in state.engines.items()}
     save_checkpoint(folder, weights, {"images": state.images, "recipe": recipe.model_dump(mode="json"),
                                       "image_shape": list(open_cached(trial.set_path).manifest.image_shape),
+                                      "classes": list(told_classes(recipe, trial.set_path)),
                                       "augmentation": state.strength.as_json(),
                                       "rng": {"scheme": "sha256(seed/purpose/images)", "seed": trial.seed}})
 

@@ -21,7 +21,7 @@ from training.draws import latents
 from training.health import SIGNIFICANT
 from training.loop import autocast, to_signed
 from training.objectives.packing import pack
-from training.world import World, device
+from training.world import World, device, rows_of_all
 
 FEATURE_SIZE = 8  # images are compared after average pooling to so many pixels a side
 
@@ -69,7 +69,7 @@ def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch:
             return _forward(network, inputs, batch, -(-count // world.size))
 
         fakes = through(networks["generator"], z, looked.count)
-        made, natural = (distances(_from_all_ranks(features(images), looked.count, world)) for images in (fakes, real))
+        made, natural = (distances(rows_of_all(features(images), world, looked.count)) for images in (fakes, real))
         for name, generated, reference in zip(("distance_ratio", "nearest_ratio"), made, natural, strict=True):
             readings[f"health/{name}"] = generated / reference if reference > 0 else 1.0
         if "discriminator" in networks and len(looked.held_out) >= world.size:
@@ -128,16 +128,6 @@ def _forward(network: Callable[[Tensor], Tensor], inputs: Tensor, batch: int, mo
     filled = torch.arange(-(-most // batch) * batch, device=inputs.device) % len(inputs)
     outputs = torch.cat([network(inputs[part]).float() for part in filled.split(batch)])
     return outputs[:len(outputs) * len(inputs) // len(filled)]  # a D that packs gives fewer logits than images
-
-
-def _from_all_ranks(mine: Tensor, count: int, world: World) -> Tensor:
-    """The rows of all ranks in the global order, on every rank."""
-    if world.size == 1:
-        return mine
-    whole = mine.new_zeros(count, *mine.shape[1:])
-    whole[world.rank::world.size] = mine
-    dist.all_reduce(whole)  # each row is non-zero on one rank only
-    return whole
 
 
 @contextmanager

@@ -123,6 +123,20 @@ def from_rank_0(action: Callable[[], Any], world: World) -> Any:
     return found["value"]
 
 
+def rows_of_all(mine: Tensor, world: World, count: int | None = None) -> Tensor:
+    """The rows of all ranks in the global order, on every rank. A collective.
+
+    Args:
+        count: rows in all, where the ranks have unlike numbers of them.
+    """
+    if world.size == 1:
+        return mine
+    whole = mine.new_zeros(count or len(mine) * world.size, *mine.shape[1:])
+    whole[world.rank::world.size] = mine
+    dist.all_reduce(whole)  # each row is non-zero on one rank only
+    return whole
+
+
 def largest_over_ranks(value: int, world: World) -> int:
     """The largest of the ranks' values. A collective."""
     if world.size == 1:

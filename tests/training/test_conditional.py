@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.recipe import Recipe
 from data_shards import UserError
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_set, toy_tree
@@ -95,8 +94,3 @@ def test_combinations_that_cannot_be_are_refused(tmp_path: Path, training: dict[
         TrainingRecipe.model_validate(toy_tree(tmp_path, **training))
 
 
-def test_targets_of_a_conditional_source_are_refused(tmp_path: Path) -> None:
-    tree = toy_tree(tmp_path, generator={"classes": 2})
-    tree |= {"fanout": {"targets": [{"set": "source"}]}, "cluster": {"workers": 1}}
-    with pytest.raises(ValueError, match="target domains have others"):
-        Recipe.model_validate(tree)

@@ -13,8 +13,10 @@ from data_shards import UserError, batches, load_images, open_set
 from tests.toy import toy_recipe, toy_set
 from training.checkpoint import checkpoint_hash
 from training.draws import latents
+from training.models.style import Generator
+from training.pictures import to_uint8
 from training.pretrain import pretrain
-from training.sample import sample_shards, truncated
+from training.sample import averaged_generator, sample_grid, sample_shards, truncated
 from training.world import World
 
 
@@ -51,3 +53,31 @@ def test_truncation_is_the_cut_normal_distribution_rank_by_rank() -> None:
     assert torch.allclose(truncated(z, 30.0), z, atol=1e-5) and truncated(z, None) is z
     with pytest.raises(UserError, match="truncation 0"):
         truncated(z, 0.0)
+
+
+def test_a_generator_with_styles_is_truncated_in_w(tmp_path: Path) -> None:
+    """Images of mean + psi (w - mean) by hand; psi = 0 is one image but for its noise, and provenance says psi."""
+    recipe = toy_recipe(tmp_path, images=16, generator={"model": "style", "channels": 4, "latent_dim": 4,
+                                                        "style": {"dim": 8, "noise": False}})
+    checkpoint = pretrain(recipe, toy_set(tmp_path / "source"), tmp_path / "run", World())
+    network, _, _ = averaged_generator(checkpoint)
+    assert isinstance(network, Generator)
+    network.eval()
+    z = latents(4, "synthetic", 0, 256, 4)
+    for psi in (0.0, 0.6):
+        made = sample_shards(checkpoint, str(tmp_path / f"psi-{psi}"), 20, seed=4, truncation=psi)
+        with torch.no_grad():
+            mean = network.mean_style()
+            styles = mean + psi * (network.styles(z) - mean)
+            expected = to_uint8(network.synthesis(styles[:, None].expand(-1, len(network.blocks), -1), z))[:20]
+        found = load_images(made, np.arange(20))[0]
+        assert int((found.int() - expected.int()).abs().max()) <= 1, "rounding"
+        assert made.manifest.provenance["psi"] == psi and "truncation" not in made.manifest.provenance
+        assert psi or bool((found == found[:1]).all())
+    whole = sample_shards(checkpoint, str(tmp_path / "whole"), 20, seed=4)
+    one = sample_shards(checkpoint, str(tmp_path / "one"), 20, seed=4, truncation=1.0)
+    assert torch.equal(load_images(whole, np.arange(20))[0], load_images(one, np.arange(20))[0])
+    assert not torch.equal(load_images(whole, np.arange(20))[0], found)
+    sample_grid(checkpoint, tmp_path / "grid.png", 4, truncation=0.5)
+    with pytest.raises(UserError, match=r"truncation -1.0 of a generator with styles must be at least 0"):
+        sample_grid(checkpoint, tmp_path / "grid.png", 4, truncation=-1.0)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Family:
     """Every family has a network "generator", z (N, latent_dim) -> samples (N, *shape) in [-1, 1], whose moving average is what
     is sampled, scored and adapted; a network's section of the recipe, its optimizer included, has the network's name.
+    Where it ``translates``, the generator maps images of a set to another's instead.
 
     Args:
         names: of the networks.
@@ -28,6 +29,8 @@ class Family:
         phases: in the order in which a step runs them.
         shown: the terms that a line of progress shows, by what they are called there.
         models: shapes that its networks can have, by the names that `training.generator.model` may be.
+        translates: it is trained on two sets, ``data.source`` and ``data.translate_to``, and makes no images from latents.
+        refuse: raises `ValueError` for settings that the family cannot serve.
     """
 
     names: tuple[str, ...]
@@ -35,6 +38,8 @@ class Family:
     phases: Callable[[TrainingConfig, AugmentConfig], list[Phase]]
     shown: Mapping[str, str]
     models: Mapping[str, Any] = field(default_factory=lambda: MODELS)
+    translates: bool = False
+    refuse: Callable[[TrainingConfig], None] = lambda config: None
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """The shown terms of a report."""

@@ -20,7 +20,7 @@ from training.config import content_id, result_fields
 from training.draws import generator, latents
 from training.engines import EngineConfig, make_engine
 from training.events import append_event, cut_events
-from training.families import FAMILIES
+from training.families import FAMILIES, check_generates
 from training.loop import NonFinite, Plan, State, train
 from training.networks import best_stem, load_weights, make_networks
 from training.optimizers import OptimizerConfig
@@ -125,6 +125,7 @@ def metatrain(recipe: TrainingRecipe, source: ShardSet, run: Path, start: Path, 
 
     Time is counted in images: one outer step sees tasks x inner_steps x inner_batch of them.
     """
+    check_generates(recipe.training, "this recipe is")
     config = recipe.meta
     identity = meta_id(recipe, start_sha256, source)
     folder = run / "meta" / identity
@@ -168,6 +169,7 @@ def _snapshot(recipe: TrainingRecipe, source: ShardSet, folder: Path, shared: We
     tensors: Mapping[str, Mapping[str, Tensor]] = {**shared, "generator_ema": shared["generator"]}
     state: dict[str, Any] = {"images": images, "recipe": recipe.model_dump(mode="json"), "wandb_run_id": identity,
                              "image_shape": list(source.manifest.image_shape),
+                             "classes": list(source.manifest.classes) if recipe.training.generator.classes else [],
                              "rng": {"scheme": "sha256(seed/purpose/step)", "seed": recipe.seed}}
     save_checkpoint(step_folder(folder, images), tensors, state)
     prune(folder, recipe.training.keep_checkpoints)

@@ -1,5 +1,6 @@
 """CycleGAN's networks (Zhu et al. 2017, appendix 7.2): residual translators and patch discriminators, with instance
-normalisation (Ulyanov et al. 2016), which looks at one image of the batch."""
+normalisation (Ulyanov et al. 2016), which looks at one image of the batch; both of a kind are one network, which one engine
+steps."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, relu
 
 from data_shards.errors import UserError
-from training.models.layers import Parts, halves
+from training.models.history import History
+from training.models.layers import Parts, Shape, halves
 
 
 class Convolution(nn.Module):
@@ -107,6 +109,39 @@ class PatchDiscriminator(nn.Module):
         for block, norm in zip(self.blocks, self.norms, strict=True):
             x = leaky_relu(norm(block(x)), 0.2)
         return self.head(x).flatten(1)
+
+
+class Translators(nn.Module):
+    """Both ways between domain A and domain B, for images of ``shape`` (C, H, W)."""
+
+    def __init__(self, shape: Shape, channels: int = 64, blocks: int = 9) -> None:
+        super().__init__()
+        self.a_to_b, self.b_to_a = (Translator(shape[0], shape[0], channels, blocks) for _ in range(2))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.a_to_b.blocks, *self.b_to_a.blocks]
+
+    def forward(self, images_a: Tensor, images_b: Tensor) -> tuple[Tensor, Tensor]:
+        """``images_a`` (N, C, H, W) as images of B, and ``images_b`` (M, C, H, W) as images of A."""
+        return self.a_to_b(images_a), self.b_to_a(images_b)
+
+
+class PatchDiscriminators(nn.Module):
+    """One for each domain, with the history of translations into it."""
+
+    def __init__(self, shape: Shape, channels: int = 64, halvings: int = 3, history: int = 50) -> None:
+        super().__init__()
+        self.a, self.b = (PatchDiscriminator(shape[0], channels, halvings) for _ in range(2))
+        self.history_a, self.history_b = (History(history, shape) for _ in range(2))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.a.blocks, *self.b.blocks]
+
+    def forward(self, images_a: Tensor, images_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, patches) of ``images_a`` by A's discriminator, and of ``images_b`` by B's."""
+        return self.a(images_a), self.b(images_b)
 
 
 def _init(module: nn.Module) -> None:

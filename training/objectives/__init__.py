@@ -38,3 +38,9 @@ class ObjectiveConfig(Config):
     def penalties(self) -> dict[str, Schedule]:
         """The schedule of each penalty's weight, by the penalty's name."""
         return {name: getattr(self, name) for name in PENALTIES}
+
+    @property
+    def penalised(self) -> bool:
+        """Whether any penalty ever has a weight."""
+        return any(any(value for _, value in weight) if isinstance(weight, list) else weight
+                   for weight in self.penalties().values())
