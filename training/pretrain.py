@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from data_shards import ShardSet, batches
+from data_shards import Part, ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
 from data_shards.parts import chosen_ids
@@ -252,6 +253,12 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     try:
         clock = Clock()
         with stop_requests(folder) as stop, timed_collectives(clock):
+            if family.fit and state.images < config.images:
+                state.images = -(-config.images // config.batch) * config.batch
+                began, images = time.monotonic(), first_images(recipe, parts, min(config.images, config.density.images))
+                found = family.fit(networks["generator"], config, images, recipe.seed)
+                report(state, found | {"images_per_second": len(images) / (time.monotonic() - began)})
+                snapshot(state)
             train(state, phases, _noted(clock.each("data", feed), state, step), plan, world=world, report=report,
                   snapshot=snapshot, stop=stop, between=snapshots.settle)
         snapshots.wait()
@@ -265,6 +272,13 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         if wandb_run:
             wandb_run.finish()
     return step_folder(folder, state.images)
+
+
+def first_images(recipe: TrainingRecipe, parts: list[Part], count: int) -> Tensor:
+    """The first ``count`` images of the data order, uint8 (count, C, H, W), whole on every rank."""
+    data, batch = recipe.data, recipe.training.batch
+    feed = batches(parts, batch=batch, seed=recipe.seed, workers=data.workers, streams=data.streams, window=data.window)
+    return torch.cat([next(feed).images for _ in range(-(-count // batch))])[:count]
 
 
 def _noted(feed: Iterator[Any], state: State, step: Callable[[int], None] | None) -> Iterator[Any]:

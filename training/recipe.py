@@ -19,6 +19,7 @@ from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
 from training.families import FAMILIES
+from training.families.density import DensityConfig
 from training.families.vae import VaeConfig
 from training.health import HealthConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
@@ -69,6 +70,7 @@ class TrainingConfig(Config):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     vae: VaeConfig = VaeConfig()
+    density: DensityConfig = DensityConfig()
     augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")

@@ -120,7 +120,7 @@ def make_engine(name: str, module: nn.Module, optimizer: OptimizerConfig, engine
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if name in engine.compile:
         module.compile()
-    if engine.plain(world, precision):
+    if engine.plain(world, precision) or not any(parameter.requires_grad for parameter in module.parameters()):
         return TorchEngine(module, optimizer, world, accumulation=engine.accumulation, scales=precision == "fp16", state=state)
     from training.engines.deepspeed import DeepSpeedEngine
 

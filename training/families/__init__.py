@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from training.families.density import DENSITY
 from training.families.family import Family
 from training.families.gan import GAN, gan_phases
 from training.families.phase import Batch, Networks, Phase, Terms
@@ -10,4 +11,4 @@ from training.families.vaegan import VAEGAN
 
 __all__ = ["FAMILIES", "Batch", "Family", "Networks", "Phase", "Terms", "gan_phases"]
 
-FAMILIES: dict[str, Family] = {"gan": GAN, "vae": VAE, "autoencoder": AUTOENCODER, "vaegan": VAEGAN}
+FAMILIES: dict[str, Family] = {"gan": GAN, "vae": VAE, "autoencoder": AUTOENCODER, "vaegan": VAEGAN, "density": DENSITY}

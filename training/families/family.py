@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from training.augment import AugmentConfig
 from training.families.phase import Phase
@@ -28,6 +28,7 @@ class Family:
         phases: in the order in which a step runs them.
         shown: the terms that a line of progress shows, by what they are called there.
         models: shapes that its networks can have, by the names that `training.generator.model` may be.
+        fit: makes the generator of images uint8 (N, C, H, W) and a seed at once, instead of steps; returns what it reports.
     """
 
     names: tuple[str, ...]
@@ -35,6 +36,7 @@ class Family:
     phases: Callable[[TrainingConfig, AugmentConfig], list[Phase]]
     shown: Mapping[str, str]
     models: Mapping[str, Any] = field(default_factory=lambda: MODELS)
+    fit: Callable[[nn.Module, TrainingConfig, Tensor, int], dict[str, float]] | None = None
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """The shown terms of a report."""
