@@ -181,7 +181,8 @@ def report(run: Run) -> None:
 
 @app.command(epilog="Example: graft sample runs/demo --count 64; graft sample runs/demo --count 10000 --shards data/synthetic")
 def sample(run: Run,
-           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png.")] = None,
+           out: Annotated[Path | None, typer.Option("--out", help="PNG file, and a text file beside it where samples are "
+                                                          "text; RUN/grid-<stage or trial>.png.")] = None,
            to_shards: Annotated[str | None, typer.Option("--shards", metavar="DST", help="Pack them as a set in this folder "
                                                          "or store instead, with where they come from.")] = None,
            stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
@@ -198,8 +199,8 @@ def sample(run: Run,
 
     if to_shards is None:
         out = out or run / f"grid-{trial or stage}.png"
-        sample_grid(checkpoint, out, count, seed, truncation)
-        print(out)
+        for path in sample_grid(checkpoint, out, count, seed, truncation):
+            print(path)
         return
     if out is not None:
         raise UserError("--out is for a grid and --shards for a set; give one of them.")

@@ -123,6 +123,9 @@ class Recipe(TrainingRecipe):
         from training.families import FAMILIES
         from training.methods import METHODS
 
+        if FAMILIES[self.training.family].drawn and (self.fanout.targets or self.evaluation.during_pretraining):
+            raise ValueError(f"the family {self.training.family} makes no pictures, and fan-out and scores are of pictures; "
+                             "leave fanout.targets and evaluation.during_pretraining out")
         for name in self.fanout.methods if FAMILIES[self.training.family].fit else ():
             if METHODS[name].start != "scratch":
                 raise ValueError(f"the method {name} begins from other weights, which the family {self.training.family} has no "

@@ -176,7 +176,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     if lead:
         cut_events(events, state.images)
         reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
-        write_file(folder, "reals.png", grid_png(reals))
+        write_file(folder, "reals.png", grid_png(family.pictures(config, reals)))
     watch = make_watch(config.health, from_rank_0(lambda: read_events(events), world))
     state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
     looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
@@ -233,7 +233,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
             z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
             pictured = make_networks(config, source.manifest.image_shape, recipe.seed)["generator"]
             load_weights(pictured, share["generator_ema"], what="the generator's average")
-            samples = grid_png(generate(pictured, z))
+            samples = grid_png(family.pictures(config, generate(pictured, z)))
         snapshots.save(
             state.images, share,
             {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),

@@ -15,6 +15,7 @@ from data_shards import ShardSet, pack_arrays
 from data_shards.errors import UserError
 from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.draws import latents
+from training.families import FAMILIES
 from training.networks import load_weights, make_networks
 from training.pictures import generate, save_grid
 from training.recipe import TrainingRecipe, resolve
@@ -22,16 +23,24 @@ from training.recipe import TrainingRecipe, resolve
 CHUNK = 256  # images that are generated at once; image i comes of draw i // CHUNK, whatever is asked for
 
 
-def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, truncation: float | None = None) -> Path:
-    """Write a PNG grid of ``count`` images of the checkpoint's averaged generator; the same seed draws the same latents.
+def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, truncation: float | None = None) -> list[Path]:
+    """Write a PNG grid of ``count`` samples of the checkpoint's averaged generator; the same seed draws the same latents.
+
+    Returns:
+        What was written: ``out``, and a text file of the same name beside it where samples are lines of text.
 
     Raises:
         UserError: when the checkpoint is damaged or is no generator's.
     """
     network, recipe, _ = averaged_generator(checkpoint)
-    z = latents(seed, "samples", 0, count, recipe.training.generator.latent_dim)
-    save_grid(generate(network, truncated(z, truncation)), out, columns=max(1, round(count**0.5)))
-    return out
+    family = FAMILIES[recipe.training.family]
+    samples = generate(network, truncated(latents(seed, "samples", 0, count, recipe.training.generator.latent_dim), truncation))
+    save_grid(family.pictures(recipe.training, samples), out, columns=max(1, round(count**0.5)))
+    if not (family.written and (lines := family.written(recipe.training, samples))):
+        return [out]
+    text = out.with_suffix(".txt")
+    text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return [out, text]
 
 
 def sample_shards(checkpoint: Path, out: str, count: int, seed: int = 0, truncation: float | None = None, *,

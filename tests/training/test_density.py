@@ -1,4 +1,4 @@
-"""The density baseline: its sampler and likelihood against closed forms, its fit against scikit-learn's, its row and checkpoint."""
+"""The density baseline: sampler and likelihood against closed forms, the fit against scikit-learn's, its row and checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.recipe import Recipe
 from data_shards import UserError, load_images, open_set
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_set, toy_tree
-from training.checkpoint import latest_valid, load_checkpoint
+from training.checkpoint import latest_valid
 from training.config import apply_overrides
 from training.draws import latents
 from training.events import read_events
@@ -159,8 +159,8 @@ def test_two_ranks_fit_what_one_does(tmp_path: Path) -> None:
     source = toy_set(tmp_path / "source")
     pretrain(recipe_of(tmp_path), source, tmp_path / "one", World())
     run_ranks(_pretrained, 2, str(tmp_path))
-    one, two = (load_checkpoint(latest_valid(tmp_path / run / "pretrain"))[0]["generator_ema"]  # type: ignore[type-var]
-                for run in ("one", "ranks"))
+    one, two = (averaged_generator(found)[0].state_dict() for run in ("one", "ranks")
+                if (found := latest_valid(tmp_path / run / "pretrain")))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
@@ -189,7 +189,7 @@ def test_a_fan_out_of_gans_has_its_row(run: Path) -> None:
     from cluster.leaderboard import build_leaderboard
     from tune_spaces.plan import ready_jobs
 
-    recipe, rows = fanout_recipe(run.parent), {}
+    recipe, rows = fanout_recipe(run.parent), dict[str, dict[str, Any]]()
     plan = races(recipe, recipe.fanout, {})
     assert [len(race.search) for race in plan] == [2, 1]
     for race in plan:
