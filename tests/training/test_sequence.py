@@ -129,7 +129,7 @@ def test_the_bound_is_the_sum_by_hand() -> None:
     mean, log_variance = network.posterior(values)
     posterior = Normal(mean, (log_variance / 2).exp())
     torch.testing.assert_close(terms["kl"], kl_divergence(posterior, Normal(0.0, 1.0)).sum(1))
-    logits = network.logits(values, mean + posterior.stddev * noise)
+    logits = network.logits(values, mean + posterior.stddev * noise).detach()
     for row, steps in enumerate((2, 1, 5)):
         by_hand = sum(float(part[row, t].log_softmax(0)[values[row, t, c]]) for c, part in enumerate(network.parts(logits))
                       for t in range(steps))
@@ -176,9 +176,11 @@ def test_strokes_and_text_are_drawn() -> None:
 
 def test_pretraining_leaves_text_that_can_be_read(tmp_path: Path) -> None:
     source = word_set(tmp_path / "source")
-    checkpoint = pretrain(recipe_of(tmp_path, **{"health.every_images": 96, "health.images": 16}), source, tmp_path / "run", World())
+    recipe = recipe_of(tmp_path, **{"health.every_images": 96, "health.images": 16})
+    checkpoint = pretrain(recipe, source, tmp_path / "run", World())
     log = read_events(tmp_path / "run" / "pretrain" / "events.jsonl")
-    assert {"generator/elbo", "generator/kl", "generator/accuracy", "health/distance_ratio"} <= log[-1]["metrics"].keys()
+    named = {"generator/elbo", "generator/kl", "generator/accuracy", "health/distance_ratio"}
+    assert named <= log[-1]["metrics"].keys()
     png, text = sample_grid(checkpoint, tmp_path / "grid.png", 9)
     lines = text.read_text().splitlines()
     assert len(lines) == 9 and set("".join(lines)) <= set(ALPHABET) and Image.open(png).size[1] > 3 * 11
@@ -249,9 +251,11 @@ def test_what_is_of_pictures_is_refused(tmp_path: Path) -> None:
     checkpoint = pretrain(recipe_of(tmp_path, images=24), source, tmp_path / "run", World())
     with pytest.raises(UserError, match="no scores"):
         of_checkpoint(checkpoint, 16, 0)
-    for change, said in ({"sequence.alphabet": ""}, r"shape \(3, 1, steps\)"), ({"sequence.alphabet": "abc"}, "alphabet has 3"), (
-            {"augmentation": {"kind": "diffaugment", "p": 1.0}}, "augmentation"), (
-            {"engine": {"kind": "torch", "checkpoint_activations": True}}, "block by block"):
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"sequence.alphabet": ""}, r"shape \(3, 1, steps\)"), ({"sequence.alphabet": "abc"}, "alphabet has 3"),
+        ({"augmentation": {"kind": "diffaugment", "p": 1.0}}, "augmentation"),
+        ({"engine": {"kind": "torch", "checkpoint_activations": True}}, "block by block")]
+    for change, said in refused:
         with pytest.raises(UserError, match=said):
             pretrain(recipe_of(tmp_path, **change), source, tmp_path / "other", World())
     with pytest.raises(ValueError, match="each character once"):
