@@ -125,8 +125,8 @@ def test_the_bound_is_the_sum_by_hand() -> None:
                            [[1, 0, 0], [2, 3, 3], [2, 0, 1], [1, 1, 1], [2, 2, 2]]])
     assert steps_of(values).tolist() == [3, 2, 5]
     samples = (values.mT / 127.5 - 1)[:, :, None]
-    terms = bound(network, samples, noise)
-    mean, log_variance = network.posterior(values)
+    terms = {name: term.detach() for name, term in bound(network, samples, noise).items()}
+    mean, log_variance = (moment.detach() for moment in network.posterior(values))
     posterior = Normal(mean, (log_variance / 2).exp())
     torch.testing.assert_close(terms["kl"], kl_divergence(posterior, Normal(0.0, 1.0)).sum(1))
     logits = network.logits(values, mean + posterior.stddev * noise).detach()
