@@ -199,8 +199,8 @@ def sample(run: Run,
 
     if to_shards is None:
         out = out or run / f"grid-{trial or stage}.png"
-        for path in sample_grid(checkpoint, out, count, seed, truncation):
-            print(path)
+        readable = sample_grid(checkpoint, out, count, seed, truncation)
+        print(*dict.fromkeys((out, readable)), sep="\n")  # text lies beside its picture
         return
     if out is not None:
         raise UserError("--out is for a grid and --shards for a set; give one of them.")

@@ -157,7 +157,7 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _known_model(self) -> TrainingConfig:
         models = FAMILIES[self.family].models
-        if self.generator.model not in models:
+        if models and self.generator.model not in models:
             raise ValueError(f"there is no such model; known: {', '.join(models)} (generator.model, family {self.family})")
         return self
 

@@ -23,11 +23,11 @@ from training.recipe import TrainingRecipe, resolve
 CHUNK = 256  # images that are generated at once; image i comes of draw i // CHUNK, whatever is asked for
 
 
-def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, truncation: float | None = None) -> list[Path]:
+def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, truncation: float | None = None) -> Path:
     """Write a PNG grid of ``count`` samples of the checkpoint's averaged generator; the same seed draws the same latents.
 
     Returns:
-        What was written: ``out``, and a text file of the same name beside it where samples are lines of text.
+        ``out``, or where samples are lines of text the text file of the same name that is written beside it.
 
     Raises:
         UserError: when the checkpoint is damaged or is no generator's.
@@ -37,10 +37,10 @@ def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, tru
     samples = generate(network, truncated(latents(seed, "samples", 0, count, recipe.training.generator.latent_dim), truncation))
     save_grid(family.pictures(recipe.training, samples), out, columns=max(1, round(count**0.5)))
     if not (family.written and (lines := family.written(recipe.training, samples))):
-        return [out]
+        return out
     text = out.with_suffix(".txt")
     text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return [out, text]
+    return text
 
 
 def sample_shards(checkpoint: Path, out: str, count: int, seed: int = 0, truncation: float | None = None, *,

@@ -22,10 +22,12 @@ from training.checkpoint import latest_valid
 from training.config import apply_overrides
 from training.draws import latents
 from training.events import read_events
+from training.families import FAMILIES
 from training.families.density import GaussianMixture, fit
+from training.methods import METHODS
 from training.metrics.encoder import save_encoder, train_encoder
 from training.pretrain import finished_pretraining, first_images, pretrain
-from training.recipe import TrainingRecipe
+from training.recipe import RECIPES_FOLDER, TrainingRecipe, read_recipe
 from training.sample import averaged_generator, sample_grid
 from training.source import source_parts
 from training.trial import Trial, rescore, run_trial
@@ -178,7 +180,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fanout_recipe(root: Path, **changes: Any) -> Recipe:
     tree = apply_overrides(toy_tree(root), {
-        "training.engine": {"zero": {"generator": 3, "discriminator": 2}}, "adaptation.shots": 10,
+        "training.engine": {"zero": {"generator": 3, "discriminator": 2}}, "training.objective.pack": 2,
+        "adaptation.augmentation": {"kind": "diffaugment", "p": 0.5}, "adaptation.shots": 10,
         "fanout": {"targets": [{"set": "target"}], "methods": ["scratch", "density"], "space": {"lr": [1e-4, 1e-3]},
                    "candidates": 2, "rungs": 1, "seeds": 2}, **changes})
     return Recipe.model_validate(tree)
@@ -211,13 +214,21 @@ def test_a_fan_out_of_gans_has_its_row(run: Path) -> None:
 
 
 def test_nothing_begins_from_it(run: Path) -> None:
+    own = METHODS["density"].settings
     with pytest.raises(ValueError, match="the method finetune begins from other weights, which the family density"):
-        fanout_recipe(run.parent, **{"training.family": "density", "training.engine": {},
-                                     "fanout.methods": ["scratch", "finetune"]})
-    recipe = fanout_recipe(run.parent, **{"training.family": "density", "training.engine": {}})
+        fanout_recipe(run.parent, **own, **{"fanout.methods": ["scratch", "finetune"]})
+    recipe = fanout_recipe(run.parent, **own)
     trial = Trial("bars", str(run.parent / "target"), "scratch", 1, "final", "scratch", None, None)
     rows = [run_trial(Trial(**{**vars(trial), "method": method}), recipe, run, until=32) for method in ("scratch", "density")]
     assert rows[0]["kid"] == rows[1]["kid"]  # in its own family the control is the baseline itself
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml")))
+def test_it_can_stand_beside_any_recipe_of_pictures(name: str) -> None:
+    recipe = read_recipe(TrainingRecipe, name)
+    if not FAMILIES[recipe.training.family].drawn:
+        tree = apply_overrides(recipe.model_dump(mode="json"), METHODS["density"].settings)
+        assert TrainingRecipe.model_validate(tree).training.family == "density"
 
 
 def test_a_latent_without_components_is_refused(tmp_path: Path) -> None:

@@ -181,9 +181,10 @@ def test_pretraining_leaves_text_that_can_be_read(tmp_path: Path) -> None:
     log = read_events(tmp_path / "run" / "pretrain" / "events.jsonl")
     named = {"generator/elbo", "generator/kl", "generator/accuracy", "health/distance_ratio"}
     assert named <= log[-1]["metrics"].keys()
-    png, text = sample_grid(checkpoint, tmp_path / "grid.png", 9)
+    text = sample_grid(checkpoint, tmp_path / "grid.png", 9)
     lines = text.read_text().splitlines()
-    assert len(lines) == 9 and set("".join(lines)) <= set(ALPHABET) and Image.open(png).size[1] > 3 * 11
+    assert text == tmp_path / "grid.txt" and len(lines) == 9 and set("".join(lines)) <= set(ALPHABET)
+    assert Image.open(tmp_path / "grid.png").size[1] > 3 * 11
     assert Image.open(tmp_path / "run" / "pretrain" / "reals.png").size[0] > 8 * 6 * 10  # letters, not bytes
     made = sample_shards(checkpoint, str(tmp_path / "made"), 9)
     assert made.manifest.image_shape == (1, 1, 16)
@@ -253,10 +254,11 @@ def test_what_is_of_pictures_is_refused(tmp_path: Path) -> None:
         of_checkpoint(checkpoint, 16, 0)
     refused: list[tuple[dict[str, Any], str]] = [
         ({"sequence.alphabet": ""}, r"shape \(3, 1, steps\)"), ({"sequence.alphabet": "abc"}, "alphabet has 3"),
-        ({"augmentation": {"kind": "diffaugment", "p": 1.0}}, "augmentation"),
         ({"engine": {"kind": "torch", "checkpoint_activations": True}}, "block by block")]
     for change, said in refused:
         with pytest.raises(UserError, match=said):
             pretrain(recipe_of(tmp_path, **change), source, tmp_path / "other", World())
+    with pytest.raises(ValueError, match="augmentation"):
+        recipe_of(tmp_path, augmentation={"kind": "diffaugment", "p": 1.0})
     with pytest.raises(ValueError, match="each character once"):
         recipe_of(tmp_path, **{"sequence.alphabet": "aa"})

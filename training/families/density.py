@@ -129,6 +129,7 @@ def make_mixture(config: TrainingConfig, shape: Shape) -> dict[str, nn.Module]:
 DENSITY = Family(
     names=("generator",),
     networks=make_mixture,
+    models={},
     phases=lambda config, augmentation: [],
     shown={"log-likelihood": "generator/log_likelihood"},
     fit=fit)

@@ -27,7 +27,7 @@ class Family:
         networks: fresh ones, drawn from torch's default generator.
         phases: in the order in which a step runs them.
         shown: the terms that a line of progress shows, by what they are called there.
-        models: shapes that its networks can have, by the names that `training.generator.model` may be.
+        models: shapes that its networks can have, by the names that `training.generator.model` may be; empty: it reads none.
         drawn: samples uint8 (N, C, H, W) as pictures to look at, uint8 (N, 1 or 3, height, width), where they are none; then
             scores of pictures, and with them the fan-out, are refused.
         written: the samples as lines of text, where that is what they are.

@@ -17,6 +17,7 @@ from training.families.phase import Batch, Networks, Phase, Terms
 from training.models.layers import Shape
 from training.models.noise import uniform
 from training.models.sequence import SequenceGenerator
+from training.objectives.variational import Posterior, gaussian_kl, sample_posterior
 from training.schedule import Schedule, check_schedule
 
 if TYPE_CHECKING:
@@ -68,15 +69,14 @@ def make_sequence(config: TrainingConfig, shape: Shape) -> dict[str, nn.Module]:
 
 def bound(network: SequenceGenerator, samples: Tensor, noise: Tensor, kept: Tensor | None = None) -> Terms:
     """Of each sequence (N, C, 1, T), (N,): ``reconstruction``, -log p(x | z) in nats with z = mean + deviation * ``noise``;
-    ``kl`` (Kingma and Welling 2014, appendix B); how many of its numbers were the likeliest, ``right``, of how many, ``count``.
-    """
+    ``kl``, KL(q(z | x) || N(0, I)); how many of its numbers were the likeliest, ``right``, of how many, ``count``."""
     values = network.values(samples)
-    mean, log_variance = (moment.float() for moment in network.posterior(values))
-    logits = network.logits(values, mean + (log_variance / 2).exp() * noise, kept)
+    posterior = Posterior(*(moment.float() for moment in network.posterior(values)))
+    logits = network.logits(values, sample_posterior(posterior, noise), kept)
     log_likelihood, there = network.log_likelihood(values, logits)
     likeliest = torch.stack([part.argmax(2) for part in network.parts(logits)], 2)
     return {"reconstruction": -log_likelihood.sum((1, 2)),
-            "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1),
+            "kl": gaussian_kl(posterior).sum(1),
             "right": ((likeliest == values) & there).sum((1, 2)), "count": there.sum((1, 2))}
 
 
@@ -85,13 +85,8 @@ def sequence_phases(config: TrainingConfig, augmentation: AugmentConfig) -> list
 
     Beside the loss it reports the ELBO in nats per sequence, and ``accuracy``, the share of a sequence's numbers, each given
     z and all before it, of which the model's likeliest value is the right one.
-
-    Raises:
-        UserError: for augmentation, which is of pictures.
     """
     dropout = config.sequence.token_dropout
-    if augmentation.kind:
-        raise UserError("augmentation is of pictures, which sequences are not; leave training.augmentation out.")
 
     def loss(networks: Networks, batch: Batch) -> Terms:
         network = networks["generator"]
@@ -110,6 +105,7 @@ def sequence_phases(config: TrainingConfig, augmentation: AugmentConfig) -> list
 SEQUENCE = Family(
     names=("generator",),
     networks=make_sequence,
+    models={},
     phases=sequence_phases,
     drawn=lambda config, samples: (draw_text(to_lines(samples, config.sequence.alphabet)) if config.sequence.alphabet
                                    else draw_strokes(samples, config.sequence.grid)),

@@ -3,4 +3,7 @@
 
 from training.methods.method import Method
 
-METHOD = Method(start="scratch", settings={"training.family": "density", "training.engine": {}}, hyperparameters=())
+# What is of the source's networks alone, and would be refused beside this family, is left at its defaults.
+METHOD = Method(start="scratch", hyperparameters=(), settings={
+    "training.family": "density", "training.engine": {}, "training.objective": {}, "training.augmentation": {},
+    "adaptation.augmentation": {}})
