@@ -185,8 +185,8 @@ def report(run: Run) -> None:
 @app.command(epilog="Example: graft sample runs/demo --count 64; graft sample runs/demo --count 10000 --shards data/synthetic; "
                     "graft sample runs/cycle --from mnist/source --shards data/translated")
 def sample(target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a checkpoint's.")],
-           out: Annotated[Path | None, typer.Option("--out", help="PNG file; RUN/grid-<stage or trial>.png, or beside the "
-                                                    "checkpoint.")] = None,
+           out: Annotated[Path | None, typer.Option("--out", help="PNG file, and a text file beside it where samples are "
+                                                    "text; RUN/grid-<stage or trial>.png, or beside the checkpoint.")] = None,
            source: Annotated[str | None, typer.Option("--from", metavar="SET", help="Of a translator (cyclegan): the set whose "
                                                       "training images are translated, shown above their translation.")] = None,
            reverse: Annotated[bool, typer.Option("--reverse", help="With --from: from domain B to domain A.")] = False,
@@ -220,10 +220,10 @@ def sample(target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
     images = None if source is None else _named_set(source, checkpoint)
     if to_shards is None:
         if images is None:
-            sample_grid(checkpoint, out, count or 64, seed, truncation)
+            readable = sample_grid(checkpoint, out, count or 64, seed, truncation)
+            print(*dict.fromkeys((out, readable)), sep="\n")  # text lies beside its picture
         else:
-            translate_grid(checkpoint, images, out, count or 64, reverse=reverse)
-        print(out)
+            print(translate_grid(checkpoint, images, out, count or 64, reverse=reverse))
         return
     with counting("sample") as show:
         def shown(done: int, total: int, _size: int) -> None:

@@ -87,7 +87,7 @@ def verdicts_over(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[
 
 def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]],
                costs: Mapping[str, float]) -> dict[str, float | None]:
-    """Per method: from how many domains its shared cost is earned back, null where nothing is saved.
+    """Per method that shares a cost: from how many domains it is earned back, null where nothing is saved.
 
     What a domain saves is the time its scratch trials spent beyond the point where the method was already as good: the
     method's first evaluation whose mean selection KID is at most scratch's last, as a share of the budget.
@@ -95,7 +95,7 @@ def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[
     shared = {"pretrain": costs.get("pretrain_seconds", 0.0),
               "meta": costs.get("pretrain_seconds", 0.0) + costs.get("meta_seconds", 0.0)}
     paid: dict[str, float | None] = {}
-    for method in {row["method"] for row in rows} - {"scratch"}:
+    for method in {row["method"] for row in rows if METHODS[row["method"]].start != "scratch"}:
         saved = []
         for domain in {verdict["domain"] for verdict in verdicts}:
             control, ours = _curve(run, rows, domain, "scratch"), _curve(run, rows, domain, method)

@@ -120,6 +120,20 @@ class Recipe(TrainingRecipe):
         return any(METHODS[name].start != "scratch" for name in self.fanout.methods)
 
     @model_validator(mode="after")
+    def _methods_fit_the_family(self) -> Any:
+        from training.families import FAMILIES
+        from training.methods import METHODS
+
+        if FAMILIES[self.training.family].drawn and (self.fanout.targets or self.evaluation.during_pretraining):
+            raise ValueError(f"the family {self.training.family} makes no pictures, and fan-out and scores are of pictures; "
+                             "leave fanout.targets and evaluation.during_pretraining out")
+        for name in self.fanout.methods if FAMILIES[self.training.family].fit else ():
+            if METHODS[name].start != "scratch":
+                raise ValueError(f"the method {name} begins from other weights, which the family {self.training.family} has no "
+                                 "use for, since it is fitted at once; leave it out of fanout.methods")
+        return self
+
+    @model_validator(mode="after")
     def _meta_has_steps(self) -> Any:
         if self.needs_meta and not self.meta.steps:
             raise ValueError("a method starts from meta-learned weights, but meta.steps is 0; set it or drop the method")

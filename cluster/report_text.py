@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from scipy.special import stdtrit
 
-METHOD_NAMES = {"scratch": "from scratch", "finetune": "full fine-tuning", "freezed": "FreezeD", "reptile": "Reptile"}
+METHOD_NAMES = {"scratch": "from scratch", "finetune": "full fine-tuning", "freezed": "FreezeD", "reptile": "Reptile",
+                "density": "Gaussian mixture"}
 SYMBOLS = {"positive": "▲", "neutral": "■", "negative": "▼", "disqualified": "⊘"}
 Row = Mapping[str, Any]
 

@@ -23,6 +23,7 @@ from data_shards.errors import UserError
 from data_shards.parts import check_shapes
 from training.checkpoint import checkpoint_hash, latest_valid
 from training.events import append_event, read_events
+from training.families import FAMILIES
 from training.meta.reptile import meta_id
 from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
@@ -105,7 +106,8 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
         yield (f"  fan-out   {len(fanout.targets)} domains x {len(fanout.methods)} methods x ({count} candidates by "
                f"{fanout.scheduler}, then {fanout.seeds} seeds) of {recipe.adaptation.images} images; "
                f"{recipe.adaptation.shots} shots")
-    yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
+    if not FAMILIES[recipe.training.family].drawn:
+        yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
 
 
 def absent(recipe: Recipe) -> Iterator[str]:
@@ -172,7 +174,7 @@ def _pretrain(recipe: Recipe, source: ShardSet, out: Path, done: Path | None, st
 
 def _encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
     path = out / "encoder.safetensors"
-    if recipe.evaluation.net != "encoder":
+    if recipe.evaluation.net != "encoder" or FAMILIES[recipe.training.family].drawn:
         return
     if path.exists():
         load_encoder(path)

@@ -21,6 +21,7 @@ from training.checkpoint import checkpoint_hash, versions
 from training.config import content_id
 from training.draws import generator as draw
 from training.draws import latents
+from training.families import FAMILIES
 from training.metrics.catalogue import SCORES, Images, Material, check_names, compute_scores
 from training.metrics.copying import nearest_support
 from training.metrics.extraction import MapFn, image_features, moments_of, set_features, set_moments
@@ -57,6 +58,9 @@ def of_checkpoint(folder: Path, samples: int, seed: int) -> Fakes:
         UserError: when the checkpoint is damaged or is no generator's.
     """
     network, recipe, state = averaged_generator(folder)
+    if FAMILIES[recipe.training.family].drawn:
+        raise UserError(f"{folder} makes no pictures but what the family {recipe.training.family} does, of which there are no "
+                        "scores here; its metrics log has the likelihood.")
     latent_dim = recipe.training.generator.latent_dim
     images = generate(network, latents(seed, "evaluation", 0, samples, latent_dim))
     told = in_turn(network, samples)

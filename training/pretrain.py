@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from data_shards import ShardSet, batches
+from data_shards import Part, ShardSet, batches
 from data_shards.errors import UserError
 from data_shards.order import position
 from data_shards.parts import chosen_ids
@@ -179,7 +180,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     if lead:
         cut_events(events, state.images)
         reals = next(batches(source, batch=32, seed=recipe.seed, streams=1)).images
-        write_file(folder, "reals.png", grid_png(reals))
+        write_file(folder, "reals.png", grid_png(family.pictures(config, reals)))
     watch = make_watch(config.health, from_rank_0(lambda: read_events(events), world))
     state.lr_scale = scale_after(watch.events, state.images, state.lr_scale)
     looked = what_to_look_at(source, *watched_ids(recipe.data, source), images=config.health.images, seed=recipe.seed,
@@ -239,7 +240,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
             if isinstance(pictured, Translators):
                 samples = grid_png(above_and_below(reals, translate(pictured.a_to_b, reals)))
             else:
-                samples = grid_png(generate(pictured, latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)))
+                z = latents(recipe.seed, "samples", 0, 32, config.generator.latent_dim)
+                samples = grid_png(family.pictures(config, generate(pictured, z)))
         snapshots.save(
             state.images, share,
             {"images": state.images, "pretrain_id": identity, "recipe": recipe.model_dump(mode="json"),
@@ -263,6 +265,12 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     try:
         clock = Clock()
         with stop_requests(folder) as stop, timed_collectives(clock):
+            if family.fit and state.images < config.images:
+                state.images = -(-config.images // config.batch) * config.batch
+                began, images = time.monotonic(), first_images(recipe, parts, min(config.images, config.density.images))
+                found = family.fit(networks["generator"], config, images, recipe.seed)
+                report(state, found | {"images_per_second": len(images) / (time.monotonic() - began)})
+                snapshot(state)
             train(state, phases, _noted(clock.each("data", feed), state, step), plan, world=world, report=report,
                   batches_b=clock.each("data", feed_b) if feed_b else None, snapshot=snapshot, stop=stop,
                   between=snapshots.settle)
@@ -277,6 +285,13 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
         if wandb_run:
             wandb_run.finish()
     return step_folder(folder, state.images)
+
+
+def first_images(recipe: TrainingRecipe, parts: list[Part], count: int) -> Tensor:
+    """The first ``count`` images of the data order, uint8 (count, C, H, W), whole on every rank."""
+    data, batch = recipe.data, recipe.training.batch
+    feed = batches(parts, batch=batch, seed=recipe.seed, workers=data.workers, streams=data.streams, window=data.window)
+    return torch.cat([next(feed).images for _ in range(-(-count // batch))])[:count]
 
 
 def _noted(feed: Iterator[Any], state: State, step: Callable[[int], None] | None) -> Iterator[Any]:

@@ -20,6 +20,8 @@ from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
 from training.families import FAMILIES
 from training.families.cyclegan import CycleganConfig
+from training.families.density import DensityConfig
+from training.families.sequence import SequenceConfig
 from training.families.vae import VaeConfig
 from training.health import HealthConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
@@ -73,6 +75,8 @@ class TrainingConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     vae: VaeConfig = VaeConfig()
     cyclegan: CycleganConfig = CycleganConfig()
+    density: DensityConfig = DensityConfig()
+    sequence: SequenceConfig = SequenceConfig()
     augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     images: int = Field(ge=1, description="real images seen over the whole pretraining")
@@ -141,7 +145,7 @@ class TrainingConfig(Config):
         Args:
             warm: for trials and tasks, whose count of images begins at 0 again: the divergence's weight after its warm-up.
         """
-        kl = self.vae.kl_weight
+        kl = self.sequence.kl_weight if self.family == "sequence" else self.vae.kl_weight
         return {**self.objective.penalties(), "kl": last_value(kl) if warm else kl, "adversarial": self.vae.adversarial_weight}
 
     def on_one_process(self) -> TrainingConfig:
@@ -156,7 +160,7 @@ class TrainingConfig(Config):
     @model_validator(mode="after")
     def _known_model(self) -> TrainingConfig:
         models = FAMILIES[self.family].models
-        if self.generator.model not in models:
+        if models and self.generator.model not in models:
             raise ValueError(f"there is no such model; known: {', '.join(models)} (generator.model, family {self.family})")
         return self
 

@@ -15,7 +15,7 @@ from data_shards import ShardSet, load_images, pack_arrays
 from data_shards.errors import UserError
 from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.draws import latents
-from training.families import check_generates
+from training.families import FAMILIES, check_generates
 from training.models.translation import Translators
 from training.networks import load_weights, make_networks
 from training.pictures import above_and_below, generate, save_grid, translate
@@ -25,19 +25,26 @@ CHUNK = 256  # images that are generated at once; image i comes of draw i // CHU
 
 
 def sample_grid(checkpoint: Path, out: Path, count: int = 64, seed: int = 0, truncation: float | None = None) -> Path:
-    """Write a PNG grid of ``count`` images of the checkpoint's averaged generator; the same seed draws the same latents.
+    """Write a PNG grid of ``count`` samples of the checkpoint's averaged generator; the same seed draws the same latents.
 
     Args:
         truncation: of the styles where the generator has styles, else of the latents (`truncating`).
+
+    Returns:
+        ``out``, or where samples are lines of text the text file of the same name that is written beside it.
 
     Raises:
         UserError: when the checkpoint is damaged or is no generator's.
     """
     network, recipe, _ = averaged_generator(checkpoint)
-    _, make = truncating(network, truncation)
-    z = latents(seed, "samples", 0, count, recipe.training.generator.latent_dim)
-    save_grid(make(z), out, columns=max(1, round(count**0.5)))
-    return out
+    family, (_, make) = FAMILIES[recipe.training.family], truncating(network, truncation)
+    samples = make(latents(seed, "samples", 0, count, recipe.training.generator.latent_dim))
+    save_grid(family.pictures(recipe.training, samples), out, columns=max(1, round(count**0.5)))
+    if not (family.written and (lines := family.written(recipe.training, samples))):
+        return out
+    text = out.with_suffix(".txt")
+    text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return text
 
 
 def sample_shards(checkpoint: Path, out: str, count: int, seed: int = 0, truncation: float | None = None, *,

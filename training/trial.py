@@ -207,6 +207,8 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
                             target.support, trial.seed,
                             family.phases(recipe.training.on_one_process(), config.augmentation))
     method.prepare(networks, adaptation)
+    if family.fit:
+        family.fit(networks["generator"], recipe.training, target.support, trial.seed)
     images, strength = 0, Strength()
     tensors: dict[str, dict[str, Tensor]] = {}
     if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:

@@ -81,10 +81,10 @@ def look(looked: Looked, networks: Mapping[str, nn.Module], world: World, batch:
 
 
 def features(images: Tensor) -> Tensor:
-    """Average-pooled pixels, (N, C, H, W) -> (N, C * 64): of the features that were tried, those in which collapse under
-    noise stands out most and real images least (docs/HEALTH.md)."""
-    side = min(FEATURE_SIZE, *images.shape[2:])
-    return nn.functional.adaptive_avg_pool2d(images.float().clamp(-1, 1), side).flatten(1)
+    """Average-pooled pixels, (N, C, H, W) -> (N, C * 64), fewer where a side has under 8: of the features that were tried,
+    those in which collapse under noise stands out most and real images least (docs/HEALTH.md)."""
+    height, width = (min(FEATURE_SIZE, side) for side in images.shape[2:])
+    return nn.functional.adaptive_avg_pool2d(images.float().clamp(-1, 1), (height, width)).flatten(1)
 
 
 def distances(features_ND: Tensor) -> tuple[float, float]:

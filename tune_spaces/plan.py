@@ -63,14 +63,16 @@ Rows = Mapping[str, Mapping[str, Any]]
 def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Start]) -> list[Race]:
     """One race per domain and method. Seeds, support sets and latents are the same for every method of a domain."""
     count = fair_count(fanout.space, fanout.methods, fanout.candidates)
-    ladder = Ladder(count, min(fanout.rungs, 1 + int(math.log(count, fanout.reduction) + 1e-9)), fanout.reduction)
-    budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch) for rung in range(ladder.rungs))
     found = []
     for target in fanout.targets:
         path = set_place(recipe.data, target.set)
         for method in fanout.methods:
             make = functools.partial(_named, recipe, target.domain, path, method, starts.get(METHODS[method].start))
             drawn = candidates(fanout.space, method, count, recipe.seed)
+            ladder = Ladder(len(drawn), min(fanout.rungs, 1 + int(math.log(len(drawn), fanout.reduction) + 1e-9)),
+                            fanout.reduction)
+            budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch)
+                            for rung in range(ladder.rungs))
             found.append(Race(
                 target.domain, method, fanout.scheduler, ladder, budgets,
                 search=tuple(make(recipe.seed, "search", values) for values in drawn),

@@ -61,5 +61,7 @@ def _drawn(axes: Mapping[str, Axis], count: int, seed: int) -> list[dict[str, An
 
 
 def fair_count(space: Mapping[str, Axis], methods: tuple[str, ...], count: int) -> int:
-    """The search trials that every method can be given: ``count``, or the smallest method's grid if that is less."""
-    return min([count, *(len(candidates(space, method, count, 0)) for method in methods)])
+    """The search trials that every method can be given: ``count``, or the smallest method's grid if that is less; a method
+    that reads no hyper-parameter at all has one, whatever the others have."""
+    searched = [method for method in methods if METHODS[method].hyperparameters]
+    return min([count, *(len(candidates(space, method, count, 0)) for method in searched)])

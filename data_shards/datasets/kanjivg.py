@@ -38,7 +38,7 @@ _MAX_BYTES = 1024 * 1024
 def sets(archive: Path) -> Iterator[SetPlan]:
     """The target (50 characters as pool, 500 as reference, chosen by seed 0), then the source with all the others."""
     with zipfile.ZipFile(archive) as wheel:
-        codes = sorted(match[1] for name in wheel.namelist() if (match := _MEMBER.fullmatch(name)))
+        codes = codes_of(wheel)
     order = [codes[index] for index in np.random.RandomState(0).permutation(len(codes))]
     held = {"train": order[:POOL], "reference": order[POOL : POOL + REFERENCE]}
     plan = partial(SetPlan, classes=(), licence=LICENCE, source=SOURCE)
@@ -59,13 +59,21 @@ def render(svg: str) -> np.ndarray:
     return np.asarray(open_image(bytes(png)).convert("L"))[None].copy()
 
 
+def codes_of(wheel: zipfile.ZipFile) -> list[str]:
+    """The characters' code points in hexadecimal, without variants, sorted."""
+    return sorted(match[1] for name in wheel.namelist() if (match := _MEMBER.fullmatch(name)))
+
+
+def read_svg(wheel: zipfile.ZipFile, code: str) -> str:
+    """One character's drawing as text."""
+    member = wheel.getinfo(f"kanji/{code}.svg")
+    if member.file_size > _MAX_BYTES:
+        raise UserError(f"{member.filename} in {wheel.filename} has {member.file_size} bytes; fetch the archive again")
+    return wheel.read(member).decode("utf-8")
+
+
 def _samples(archive: Path, splits: dict[str, list[str]]) -> Iterator[Sample]:
     with zipfile.ZipFile(archive) as wheel:
         for split, codes in splits.items():
             for code in sorted(codes):
-                member = wheel.getinfo(f"kanji/{code}.svg")
-                if member.file_size > _MAX_BYTES:
-                    raise UserError(
-                        f"{member.filename} in {archive} has {member.file_size} bytes; fetch the archive again"
-                    )
-                yield Sample(f"u{code}", render(wheel.read(member).decode("utf-8")), split=split)
+                yield Sample(f"u{code}", render(read_svg(wheel, code)), split=split)

@@ -157,7 +157,7 @@ def test_a_sample_without_out_lies_in_the_run(elsewhere: Path, capsys: pytest.Ca
 
     (elsewhere / "run" / "domains" / "apple" / "abc123" / "best").mkdir(parents=True)
     (elsewhere / "run" / "recipe.yaml").touch()
-    monkeypatch.setattr(training.sample, "sample_grid", lambda checkpoint, out, count, seed, truncation: out.touch())
+    monkeypatch.setattr(training.sample, "sample_grid", lambda checkpoint, out, count, seed, truncation: out.touch() or out)
     assert main(["sample", "run", "--trial", "abc123"]) == 0
     assert capsys.readouterr().out.strip() == "run/grid-abc123.png"
     assert (elsewhere / "run" / "grid-abc123.png").exists()

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import shutil
 import tarfile
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from data_shards import DATASETS, UserError, fetch, load_images, open_set, verify
-from data_shards.datasets import cifar10, download, kanjivg, mnist, quickdraw
+from data_shards.datasets import cifar10, download, kanjivg, kanjivg_strokes, mnist, quickdraw
 from data_shards.datasets.download import Archive, get_archive
 from data_shards.files import hash_file
 
@@ -72,7 +73,7 @@ def mnist_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_unknown_name_lists_the_keys(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose one of cifar10, kanjivg, mnist, quickdraw"):
+    with pytest.raises(UserError, match="choose one of cifar10, kanjivg, kanjivg-strokes, mnist, quickdraw, words"):
         fetch("imagenet", tmp_path)
 
 
@@ -270,6 +271,63 @@ def test_kanji_are_drawn_white_on_black_without_numbers(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == 560
 
 
+def test_a_strokes_points_are_those_of_its_curves() -> None:
+    """By commands as SVG 1.1 has them, against the curves by hand."""
+    line = kanjivg_strokes.points_of("M10,20c0,0,30,0,30,0")
+    assert np.allclose(line[[0, -1]], [[10, 20], [40, 20]]) and np.allclose(line[:, 1], 20)
+    share = np.linspace(0, 1, 17)[1:]
+    # B(t) = 3 (1-t)^2 t P1 + 3 (1-t) t^2 P2 + t^3 P3, begun at the origin; then its smooth continuation, P1 mirrored.
+    there = kanjivg_strokes.points_of("m0,0C0,8,4-2,10,0s3.5-4,5,.5")
+    assert np.allclose(there[1:17, 0], 3 * (1 - share) * share**2 * 4 + share**3 * 10)
+    assert np.allclose(there[1:17, 1], 3 * (1 - share) ** 2 * share * 8 - 3 * (1 - share) * share**2 * 2)
+    again = kanjivg_strokes.points_of("M0,0C0,8,4-2,10,0C16,2,13.5-4,15,.5")
+    assert np.allclose(there, again)
+    with pytest.raises(UserError, match="the command 'Q'"):
+        kanjivg_strokes.points_of("M0,0Q1,1,2,2")
+
+
+def test_thinning_keeps_a_strokes_shape_and_no_more() -> None:
+    angle = np.linspace(0, np.pi, 200)
+    arc = 30 * np.stack([np.cos(angle), np.sin(angle)], 1)
+    few = kanjivg_strokes.thinned(arc, 0.8)
+    assert len(few) < 12 and np.array_equal(few[[0, -1]], arc[[0, -1]])
+    kept = [int(np.flatnonzero((arc == point).all(1))[0]) for point in few]
+    for first, last in itertools.pairwise(kept):
+        (x, y), offsets = arc[last] - arc[first], arc[first : last + 1] - arc[first]
+        assert np.abs(x * offsets[:, 1] - y * offsets[:, 0]).max() / np.hypot(x, y) <= 0.8
+    corner = np.array([[0, 0], [5, 0.1], [10, 0], [10, 5], [10, 10]])
+    assert np.array_equal(kanjivg_strokes.thinned(corner, 0.8), corner[[0, 2, 4]])
+
+
+def test_strokes_are_packed_as_steps(tmp_path: Path) -> None:
+    path = tmp_path / "a.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for code in range(520):
+            wheel.writestr(f"kanji/{code:05x}.svg", '<path id="a" d="M10,20c0,0,0,60,0,60"/><path d="M54.5,0s9,0,54,0"/>')
+        wheel.writestr("kanji/00fff.svg", '<path d="M0,0c9,0,9,9,0,9"/>' * 30)  # too many points
+    (plan,) = kanjivg_strokes.sets(path)
+    samples = list(plan.samples())
+    assert [sample.split for sample in samples].count("reference") == 500 and len(samples) == 520
+    expected = np.zeros((3, 1, 64), np.uint8)
+    expected[:, 0, :4] = [[1, 2, 1, 2], [6, 6, 32, 63], [12, 47, 0, 0]]
+    image = samples[0].image
+    assert isinstance(image, np.ndarray) and np.array_equal(image, expected) and plan.shape == (3, 1, 64)
+
+
+def test_words_are_packed_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = "etaoinshrdlu"
+    lines = [a + b + c + d for a in letters for b in letters for c in letters for d in letters]
+    lines += [line + "s" for line in lines[:2000]] + ["it's", "x" * 16]
+    put_in_cache("words", {"package/words.txt": "\n".join(lines).encode()}, tmp_path, monkeypatch)
+    (source,) = fetch("words", tmp_path / "data").sets.values()
+    assert source.manifest.splits == {"train": 20_000, "reference": 2_000} and source.manifest.image_shape == (1, 1, 16)
+    ids = source.indices("reference")
+    keys = source.samples["key"]
+    for sample, key in zip(load_images(source, ids)[0].numpy(), keys[ids], strict=True):
+        assert bytes(96 + sample[sample > 0]) == key and not sample[0, 0, len(key):].any()
+    assert not {key[-5:] for key in keys} & {b"it's", b"xxxxx"} and len(set(keys.tolist())) == 22_000
+
+
 def test_mnist_files_are_checked() -> None:
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     assert np.array_equal(mnist.parse_idx(idx(array), "x"), array)
@@ -323,6 +381,13 @@ def test_other_datasets_from_the_registries(tmp_path: Path, name: str, only: set
     assert shard_set.manifest.splits == {"train": 50, "reference": 500}
     images, _ = load_images(shard_set, np.arange(100))
     assert 0.05 < (images > 127).float().mean() < 0.3 and images.max() == 255, "ink on black, most of it black"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(("name", "count", "shape"), [("words", 22_000, (1, 1, 16)), ("kanjivg-strokes", 6_681, (3, 1, 64))])
+def test_sequences_from_the_registries(tmp_path: Path, name: str, count: int, shape: tuple[int, int, int]) -> None:
+    (source,) = fetch(name, tmp_path).sets.values()
+    assert len(source) == count and source.manifest.image_shape == shape
 
 
 @pytest.mark.network

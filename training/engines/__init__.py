@@ -10,6 +10,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data_shards.errors import UserError
 from training.config import Config, operational
 from training.engines.torch import TorchEngine
 from training.optimizers import OptimizerConfig
@@ -116,11 +117,15 @@ def make_engine(name: str, module: nn.Module, optimizer: OptimizerConfig, engine
         state: optimizer state of a checkpoint, at any world size and stage.
     """
     if engine.checkpoint_activations:
-        for block in module.blocks:  # type: ignore[union-attr]  # Module.__getattr__ is untyped
+        blocks = getattr(module, "blocks", None)
+        if blocks is None:
+            raise UserError(f"training.engine.checkpoint_activations works block by block, and this {name} has none; leave it "
+                            "out.")
+        for block in blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if name in engine.compile:
         module.compile()
-    if engine.plain(world, precision):
+    if engine.plain(world, precision) or not any(parameter.requires_grad for parameter in module.parameters()):
         return TorchEngine(module, optimizer, world, accumulation=engine.accumulation, scales=precision == "fp16", state=state)
     from training.engines.deepspeed import DeepSpeedEngine
 

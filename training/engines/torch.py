@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from training.engines.flat import cut, gather_state, join, lay_out, share_state
 from training.optimizers import OptimizerConfig, clip_scale, make_optimizer
-from training.world import World
+from training.world import World, device
 
 if TYPE_CHECKING:
     from training.engines import OptimizerState
@@ -30,7 +30,7 @@ class TorchEngine:
         self.clip = optimizer.clip
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.slots, self.length = lay_out(named, align=ALIGN)
-        place = next(iter(named.values())).device
+        place = next((parameter.device for parameter in named.values()), device())  # a fitted network trains nothing
         self.flat = nn.Parameter(join({name: p.detach() for name, p in named.items()}, self.slots, self.length).to(place))
         self.flat.grad = torch.zeros_like(self.flat)
         for parameter, values, gradient in zip(named.values(), cut(self.flat.detach(), self.slots).values(),

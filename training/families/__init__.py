@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from data_shards.errors import UserError
 from training.families.cyclegan import CYCLEGAN
+from training.families.density import DENSITY
 from training.families.family import Family
 from training.families.gan import GAN, gan_phases
 from training.families.phase import Batch, Networks, Phase, Terms
+from training.families.sequence import SEQUENCE
 from training.families.vae import AUTOENCODER, VAE
 from training.families.vaegan import VAEGAN
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Batch", "Family", "Networks", "Phase", "Terms", "check_generates", "gan_phases"]
 
-FAMILIES: dict[str, Family] = {"gan": GAN, "cyclegan": CYCLEGAN, "vae": VAE, "autoencoder": AUTOENCODER, "vaegan": VAEGAN}
+FAMILIES: dict[str, Family] = {
+    "gan": GAN, "cyclegan": CYCLEGAN, "vae": VAE, "autoencoder": AUTOENCODER, "vaegan": VAEGAN, "density": DENSITY,
+    "sequence": SEQUENCE}
 
 
 def check_generates(config: TrainingConfig, what: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from training.augment import AugmentConfig
 from training.families.phase import Phase
@@ -28,9 +28,13 @@ class Family:
         networks: fresh ones, drawn from torch's default generator.
         phases: in the order in which a step runs them.
         shown: the terms that a line of progress shows, by what they are called there.
-        models: shapes that its networks can have, by the names that `training.generator.model` may be.
+        models: shapes that its networks can have, by the names that `training.generator.model` may be; empty: it reads none.
         translates: it is trained on two sets, ``data.source`` and ``data.translate_to``, and makes no images from latents.
         refuse: raises `ValueError` for settings that the family cannot serve.
+        drawn: samples uint8 (N, C, H, W) as pictures to look at, uint8 (N, 1 or 3, height, width), where they are none; then
+            scores of pictures, and with them the fan-out, are refused.
+        written: the samples as lines of text, where that is what they are.
+        fit: makes the generator of images uint8 (N, C, H, W) and a seed at once, instead of steps; returns what it reports.
     """
 
     names: tuple[str, ...]
@@ -40,6 +44,13 @@ class Family:
     models: Mapping[str, Any] = field(default_factory=lambda: MODELS)
     translates: bool = False
     refuse: Callable[[TrainingConfig], None] = lambda config: None
+    drawn: Callable[[TrainingConfig, Tensor], Tensor] | None = None
+    written: Callable[[TrainingConfig, Tensor], list[str]] | None = None
+    fit: Callable[[nn.Module, TrainingConfig, Tensor, int], dict[str, float]] | None = None
+
+    def pictures(self, config: TrainingConfig, samples: Tensor) -> Tensor:
+        """Samples uint8 (N, C, H, W) as what can be looked at."""
+        return self.drawn(config, samples) if self.drawn else samples
 
     def line(self, metrics: Mapping[str, float]) -> str:
         """The shown terms of a report."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.methods import finetune, freezed, reptile, scratch
+from training.methods import density, finetune, freezed, reptile, scratch
 from training.methods.method import Adaptation, Method
 
 __all__ = ["METHODS", "Adaptation", "Method"]
@@ -12,4 +12,5 @@ METHODS: dict[str, Method] = {
     "finetune": finetune.METHOD,
     "freezed": freezed.METHOD,
     "reptile": reptile.METHOD,
+    "density": density.METHOD,
 }

@@ -3,11 +3,16 @@ GRUs (Cho et al. 2014) over characters or over vectors such as pen movements."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, linear, one_hot
+
+from data_shards.errors import UserError
+from training.models.noise import uniform
+
+STREAM = 1  # of the numbers that are hashed from a latent
 
 
 class SequenceEncoder(nn.Module):
@@ -81,3 +86,110 @@ def shifted(steps: Tensor) -> Tensor:
 def characters(tokens: Tensor, count: int) -> Tensor:
     """Characters (N, T) int64 as one-hot steps (N, T, count), float32."""
     return one_hot(tokens, count).float()
+
+
+class Chained(nn.Linear):
+    """What a step's values add to the logits of its later ones, (N, T, D) one-hot -> (N, T, D): the chain rule within a step,
+    by a matrix that is masked (Germain et al. 2015) to let each block of values see those before it."""
+
+    mask: Tensor
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__(sum(levels), sum(levels), bias=False)
+        block = torch.arange(len(levels)).repeat_interleave(torch.tensor(levels))
+        self.register_buffer("mask", (block[:, None] > block[None]).float(), persistent=False)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, steps: Tensor) -> Tensor:
+        return linear(steps, self.weight * self.mask)
+
+
+class SequenceGenerator(nn.Module):
+    """z (N, latent_dim) -> samples (N, C, 1, T) in [-1, 1], with the encoder that trains it.
+
+    A sample is T steps of C numbers, byte b standing as b / 127.5 - 1. The first number of a step is 0 where the sequence has
+    ended, and all that follows is 0; the others have ``levels`` values each, from 0 on. A step's numbers are drawn from the
+    decoder's distribution one after another, by random numbers hashed from z: so a sample is a function of z, and one of the
+    model's own distribution where z is one of N(0, I).
+
+    Args:
+        levels: number of values of each of the C numbers.
+        temperature: that logits are divided by before sampling; below 1 takes likelier values more often.
+    """
+
+    def __init__(self, length: int, levels: Sequence[int], units: int, latent_dim: int, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.length, self.levels, self.latent_dim, self.temperature = length, tuple(levels), latent_dim, temperature
+        self.encoder = SequenceEncoder(sum(levels), units, latent_dim)
+        self.decoder = SequenceDecoder(sum(levels), sum(levels), units, latent_dim)
+        self.chained = Chained(levels)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        count = len(self.levels)
+        draws = uniform(z, STREAM, self.length * count).double().view(-1, self.length, count)
+        going = torch.ones(len(z), dtype=torch.bool, device=z.device)
+
+        def choose(logits: Tensor, t: int) -> Tensor:
+            nonlocal going
+            step = torch.zeros_like(logits)
+            for c, part in enumerate(self.parts(step)):
+                chosen = self.parts(logits + self.chained(step))[c].double() / self.temperature
+                below = draws[:, t, c, None] >= chosen.softmax(1).cumsum(1)
+                value = below.sum(1).clamp(max=self.levels[c] - 1) * going
+                if c == 0:
+                    going = value > 0
+                part.copy_(one_hot(value, self.levels[c]))
+            return step
+
+        steps = self.decoder.generate(z.float(), self.length, choose)
+        values = torch.stack([part.argmax(2) for part in self.parts(steps)], 1)
+        return (values / 127.5 - 1)[:, :, None]
+
+    def parts(self, steps: Tensor) -> tuple[Tensor, ...]:
+        """Views of the last dimension, one for each of a step's numbers."""
+        return steps.split(self.levels, dim=-1)
+
+    def values(self, samples: Tensor) -> Tensor:
+        """Samples (N, C, 1, T) in [-1, 1] as int64 (N, T, C).
+
+        Raises:
+            UserError: when a number is not below its level.
+        """
+        values = ((samples[:, :, 0] + 1) * 127.5).round().long().mT
+        if not values.is_meta and bool((values >= torch.tensor(self.levels, device=values.device)).any()):
+            raise UserError(f"the set has samples whose numbers reach {values.amax((0, 1)).tolist()}, where training.sequence "
+                            f"has {list(self.levels)} values from 0 on; give the alphabet or the grid that the set has.")
+        return values
+
+    def one_hot(self, values: Tensor) -> Tensor:
+        """Numbers (N, T, C) as one-hot steps (N, T, sum of levels), float32."""
+        return torch.cat([one_hot(value, level) for value, level in zip(values.unbind(2), self.levels, strict=True)], 2).float()
+
+    def posterior(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z | x), each (N, latent_dim)."""
+        return self.encoder(self.one_hot(values), steps_of(values))
+
+    def logits(self, values: Tensor, z: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Logits (N, T, sum of levels) of each number given z and the numbers before it.
+
+        Args:
+            kept: (N, T), 0 where the decoder is not told the step before (Bowman et al. 2016, word dropout).
+        """
+        steps = self.one_hot(values)
+        before = shifted(steps)
+        logits: Tensor = self.decoder(z, before if kept is None else before * kept[..., None])
+        return logits + self.chained(steps)
+
+    def log_likelihood(self, values: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each number that is there, in nats, (N, T, C), 0 for padding; and where one is, the same shape."""
+        counted = torch.arange(values.shape[1], device=values.device) < steps_of(values)[:, None]
+        there = torch.stack([counted, *[counted & (values[..., 0] > 0)] * (values.shape[2] - 1)], 2)
+        each = [-cross_entropy(part.float().mT, value, reduction="none")
+                for part, value in zip(self.parts(logits), values.unbind(2), strict=True)]
+        return torch.stack(each, 2) * there, there
+
+
+def steps_of(values: Tensor) -> Tensor:
+    """Steps (N,) of sequences (N, T, C) up to their end, the end included; all T where there is none."""
+    ended = (values[..., 0] == 0).long()
+    return torch.where(ended.amax(1) > 0, ended.argmax(1) + 1, values.shape[1])
