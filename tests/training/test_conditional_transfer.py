@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cluster.recipe import Recipe
+from cluster.run import ready_sets
 from data_shards import Sample, UserError, open_set, pack_images
 from tests.toy import SIZE, toy_recipe, toy_set, toy_tree
 from training.checkpoint import checkpoint_hash, load_checkpoint
@@ -167,3 +168,12 @@ def test_what_cannot_be_told_is_refused_by_name(root: Path) -> None:
         TrainingRecipe.model_validate(tree)
     tree = toy_tree(root, generator={"classes": 2}) | {"fanout": {"targets": [{"set": "target"}]}, "cluster": {"workers": 1}}
     assert Recipe.model_validate(tree).fanout.targets
+
+
+def test_a_run_refuses_such_a_target_before_it_trains(root: Path) -> None:
+    tree = toy_tree(root, generator={"classes": 2}) | {"cluster": {"workers": 1}}
+    tree["fanout"] = {"targets": [{"set": "target"}, {"set": "unlabelled"}]}
+    assert ready_sets(Recipe.model_validate(tree)).manifest.name == "source"
+    tree["adaptation"] = {"shots": 5, "conditional": True}
+    with pytest.raises(UserError, match=r"the target set .*unlabelled has images without one"):
+        ready_sets(Recipe.model_validate(tree))
