@@ -1,0 +1,81 @@
+"""What every method of transfer must do, whatever the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.methods.start import SMALL, adaptation_of, batch_of, recipe_of, start_of, trial_of, weights_of
+from training.checkpoint import load_checkpoint
+from training.methods import METHODS
+from training.trial import run_trial
+
+OURS = ("freezeg", "l2sp", "ewc", "bss", "distill", "projected", "structure")
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_search_trial_that_went_on_ends_as_one_that_never_stopped(run: Path, method: str) -> None:
+    recipe = recipe_of(run.parent, {"training.discriminator.spectral_norm": True})
+    whole, stepwise = trial_of(run, recipe, method), trial_of(run, recipe, method, domain="same")
+    row = run_trial(whole, recipe, run, until=32)
+    assert (row["status"], row["images_seen"]) == ("finished", 32)
+    for until in (8, 16, 32):
+        run_trial(stepwise, recipe, run, until=until)
+    expected, ours = weights_of(run, whole, recipe), weights_of(run, stepwise, recipe)
+    assert expected.keys() == ours.keys()
+    for stem, named in expected.items():
+        assert all(torch.equal(named[name], ours[stem][name]) for name in named), stem
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_a_final_trial_keeps_the_familys_own_generator(run: Path, method: str) -> None:
+    recipe = recipe_of(run.parent)
+    trial = trial_of(run, recipe, method, phase="final", seed=2)
+    row = run_trial(trial, recipe, run, until=32)
+    assert row["status"] == "finished" and row["kid"] is not None
+    plain = start_of(recipe)["generator"].state_dict()
+    kept = load_checkpoint(run / row["checkpoint"])[0]
+    assert kept.keys() == {"generator_ema"} and kept["generator_ema"].keys() == plain.keys()
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("model", SMALL)
+def test_every_model_can_be_stepped(tmp_path: Path, model: str, method: str) -> None:
+    """With packing, minibatch deviation and classes too: each loss is finite and reaches what is trained."""
+    for settings in ({}, {"training.discriminator.minibatch_std": 2, "training.objective.pack": 2},
+                     {"training.generator.classes": 2}):
+        recipe = recipe_of(tmp_path, settings, model)
+        networks = start_of(recipe)
+        adaptation = adaptation_of(recipe, networks)
+        METHODS[method].prepare(networks, adaptation)
+        batch = dataclasses.replace(batch_of(recipe), labels=torch.tensor([0, 1, 1, 0]))
+        for phase in METHODS[method].phases(adaptation):
+            network = networks[phase.network]
+            trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+            loss = phase.loss(networks, batch)["total"]
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            assert loss.isfinite()
+            missed = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+            assert all("class_embedding" in name for name in missed), missed
+
+
+@pytest.mark.parametrize(("key", "method"), [
+    ("l2sp.generator", "l2sp"), ("l2sp.discriminator", "l2sp"), ("ewc.weight", "ewc"), ("bss.weight", "bss"),
+    ("distill.weight", "distill"), ("projected.channels", "projected"), ("freezeg.parts", "freezeg")])
+def test_a_method_reads_its_section_and_no_other_method_does(run: Path, key: str, method: str) -> None:
+    from training.trial import trial_id
+
+    assert key in METHODS[method].hyperparameters
+    value = ["late"] if key == "freezeg.parts" else 7
+    recipe, other = recipe_of(run.parent), recipe_of(run.parent, {f"adaptation.{key}": value})
+    assert trial_id(trial_of(run, recipe, method), recipe) != trial_id(trial_of(run, other, method), other)
+    assert trial_id(trial_of(run, recipe, "finetune"), recipe) == trial_id(trial_of(run, other, "finetune"), other)
+    rows = [run_trial(trial_of(run, recipe, method, seed=5, hyperparameters=values), recipe, run, until=16)
+            for values in ({}, {f"adaptation.{key}": value})]
+    ours = [weights_of(run, trial_of(run, recipe, method, seed=5, hyperparameters=row["hyperparameters"]), recipe)
+            for row in rows]
+    assert any(a.shape != b.shape or not torch.equal(a, b) for stem in ours[0].keys() & ours[1].keys()
+               for a, b in ((ours[0][stem][name], ours[1][stem][name]) for name in ours[0][stem].keys() & ours[1][stem].keys()))
