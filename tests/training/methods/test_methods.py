@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_shards import UserError
 from tests.training.methods.start import SMALL, adaptation_of, batch_of, recipe_of, start_of, trial_of, weights_of
 from training.checkpoint import load_checkpoint
 from training.methods import METHODS
-from training.trial import run_trial
+from training.trial import run_trial, trial_id
 
 OURS = ("freezeg", "l2sp", "ewc", "bss", "distill", "projected", "structure")
 
@@ -66,8 +67,6 @@ def test_every_model_can_be_stepped(tmp_path: Path, model: str, method: str) -> 
     ("l2sp.generator", "l2sp"), ("l2sp.discriminator", "l2sp"), ("ewc.weight", "ewc"), ("bss.weight", "bss"),
     ("distill.weight", "distill"), ("projected.channels", "projected"), ("freezeg.parts", "freezeg")])
 def test_a_method_reads_its_section_and_no_other_method_does(run: Path, key: str, method: str) -> None:
-    from training.trial import trial_id
-
     assert key in METHODS[method].hyperparameters
     value = ["late"] if key == "freezeg.parts" else 7
     recipe, other = recipe_of(run.parent), recipe_of(run.parent, {f"adaptation.{key}": value})
@@ -79,3 +78,17 @@ def test_a_method_reads_its_section_and_no_other_method_does(run: Path, key: str
             for row in rows]
     assert any(a.shape != b.shape or not torch.equal(a, b) for stem in ours[0].keys() & ours[1].keys()
                for a, b in ((ours[0][stem][name], ours[1][stem][name]) for name in ours[0][stem].keys() & ours[1][stem].keys()))
+
+
+def test_where_there_is_no_discriminator_a_method_works_or_says_so(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    networks = {"generator": start_of(recipe)["generator"]}
+    adaptation = adaptation_of(recipe, networks)
+    adaptation = dataclasses.replace(adaptation, phases=[phase for phase in adaptation.phases if phase.network == "generator"])
+    for name in ("freezeg", "l2sp"):
+        METHODS[name].prepare(networks, adaptation)
+        assert [phase.network for phase in METHODS[name].phases(adaptation)] == ["generator"]
+    for name in ("ewc", "bss", "distill", "projected"):
+        with pytest.raises(UserError, match=rf"^the method {name} .* discriminator, which the family gan has none of; leave it out"):
+            METHODS[name].prepare(networks, adaptation)
+            METHODS[name].phases(adaptation)
