@@ -45,7 +45,7 @@ def phases(adaptation: Adaptation) -> Sequence[Phase]:
     Raises:
         UserError: for a family without a discriminator.
     """
-    discriminator_of(adaptation.source, adaptation, "the method bss shrinks the features of a discriminator")
+    discriminator_of(adaptation.source, adaptation, "the method bss shrinks the features of")
     config, packed = adaptation.recipe.adaptation.bss, adaptation.recipe.training.objective.pack
 
     def penalty(networks: Networks, batch: Batch) -> Tensor:

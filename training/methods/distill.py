@@ -29,7 +29,7 @@ def phases(adaptation: Adaptation) -> Sequence[Phase]:
     Raises:
         UserError: for a family without a discriminator.
     """
-    teacher = discriminator_of(adaptation.source, adaptation, "the method distill keeps the features of a discriminator").eval()
+    teacher = discriminator_of(adaptation.source, adaptation, "the method distill keeps the features of").eval()
     config, packed = adaptation.recipe.adaptation.distill, adaptation.recipe.training.objective.pack
 
     def distance(networks: Networks, batch: Batch) -> Tensor:

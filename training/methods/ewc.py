@@ -69,8 +69,7 @@ def phases(adaptation: Adaptation) -> Sequence[Phase]:
     Raises:
         UserError: for a family without a discriminator to tell which weights matter.
     """
-    discriminator = discriminator_of(adaptation.source, adaptation, "the method ewc reads which weights matter off a "
-                                                                    "discriminator")
+    discriminator = discriminator_of(adaptation.source, adaptation, "the method ewc reads which weights matter off")
     training, config = adaptation.recipe.training, adaptation.recipe.adaptation.ewc
     packed, group = training.objective.pack, training.discriminator.minibatch_std or 1
     count = -(-config.samples // (packed * group)) * packed * group

@@ -72,13 +72,13 @@ def discriminator_of(networks: Networks, adaptation: Adaptation, does: str) -> n
     """The discriminator, one with ``features()`` as those of `training.models` have them.
 
     Args:
-        does: what the method does with it, the sentence's beginning.
+        does: what the method does with it, the beginning of the sentence that refuses.
 
     Raises:
         UserError: for a family without one.
     """
     network = networks.get("discriminator")
     if network is None or not hasattr(network, "features"):
-        raise UserError(f"{does}, which the family {adaptation.recipe.training.family} has none of; leave it out of "
-                        "fanout.methods.")
+        raise UserError(f"{does} a discriminator of whole images, which the family {adaptation.recipe.training.family} has "
+                        "none of; leave it out of fanout.methods.")
     return network

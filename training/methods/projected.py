@@ -86,7 +86,7 @@ def put_on_trunk(networks: dict[str, nn.Module], adaptation: Adaptation) -> None
     Raises:
         UserError: for a family without a discriminator.
     """
-    trunk = discriminator_of(networks, adaptation, "the method projected puts new heads on a discriminator")
+    trunk = discriminator_of(networks, adaptation, "the method projected puts new heads on")
     training = adaptation.recipe.training
     _, channels, *size = adaptation.support.shape
     lot = torch.zeros(training.discriminator.minibatch_std or 1, channels * training.objective.pack, *size)

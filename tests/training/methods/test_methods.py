@@ -89,6 +89,6 @@ def test_where_there_is_no_discriminator_a_method_works_or_says_so(tmp_path: Pat
         METHODS[name].prepare(networks, adaptation)
         assert [phase.network for phase in METHODS[name].phases(adaptation)] == ["generator"]
     for name in ("ewc", "bss", "distill", "projected"):
-        with pytest.raises(UserError, match=rf"^the method {name} .* discriminator, which the family gan has none of; leave"):
+        with pytest.raises(UserError, match=rf"^the method {name} .* whole images, which the family gan has none of; leave it"):
             METHODS[name].prepare(networks, adaptation)
             METHODS[name].phases(adaptation)
