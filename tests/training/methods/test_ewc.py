@@ -103,6 +103,16 @@ def test_networks_are_left_as_they_are() -> None:
     assert generator.training and discriminator.training
 
 
+def test_it_is_that_of_the_networks_in_evaluation_mode() -> None:
+    """No style mixing, and no power iteration of spectral norms between the samples."""
+    for model, normed in (("style", False), ("dcgan", True)):
+        generator, discriminator = small_gan(model, spectral_norm=normed)
+        stir(generator)
+        training, still = (fisher_information(g, d, latents(6)) for g, d in (
+            (generator, discriminator), (generator.eval(), discriminator.eval())))
+        assert all(torch.equal(value, still[name]) for name, value in training.items())
+
+
 def test_the_penalty_and_its_gradient_are_those_of_the_formula_and_nothing_at_the_start(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"adaptation.ewc": {"weight": 0.4, "samples": 8}})
     networks = start_of(recipe)
