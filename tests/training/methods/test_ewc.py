@@ -108,8 +108,8 @@ def test_it_is_that_of_the_networks_in_evaluation_mode() -> None:
     for model, normed in (("style", False), ("dcgan", True)):
         generator, discriminator = small_gan(model, spectral_norm=normed)
         stir(generator)
-        training, still = (fisher_information(g, d, latents(6)) for g, d in (
-            (generator, discriminator), (generator.eval(), discriminator.eval())))
+        training = fisher_information(generator, discriminator, latents(6))
+        still = fisher_information(generator.eval(), discriminator.eval(), latents(6))
         assert all(torch.equal(value, still[name]) for name, value in training.items())
 
 

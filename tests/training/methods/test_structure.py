@@ -19,7 +19,7 @@ SOURCE = {
     "training.images": 320, "training.generator.lr": [[0, 1e-3], [320, 1e-4]], "training.discriminator.lr": 5e-4,
     "training.generator.betas": [0.5, 0.9], "training.objective.r1": [[0, 4.0], [160, 2.0]], "training.objective.r2": 0.0,
     "training.augmentation.kind": "diffaugment", "training.augmentation.p": [[0, 0.0], [320, 0.6]],
-    "training.discriminator.name": "sgd", "training.discriminator.every": 2}
+    "training.discriminator.name": "adamw", "training.discriminator.every": 2}
 
 
 def test_the_settings_are_the_pretrainings_shortened_to_the_trial() -> None:
@@ -28,7 +28,7 @@ def test_the_settings_are_the_pretrainings_shortened_to_the_trial() -> None:
     assert found["adaptation.optimizers"]["generator"]["lr"] == [[0, 1e-3], [32, 1e-4]]
     assert found["adaptation.optimizers"]["generator"]["betas"] == [0.5, 0.9]
     assert {key: found["adaptation.optimizers"]["discriminator"][key] for key in ("lr", "name", "every")} == {
-        "lr": 5e-4, "name": "sgd", "every": 2}
+        "lr": 5e-4, "name": "adamw", "every": 2}
     assert (found["adaptation.r1"], found["adaptation.r2"]) == ([[0, 4.0], [16, 2.0]], 0.0)
     assert found["adaptation.augmentation"]["p"] == [[0, 0.0], [32, 0.6]]
     assert found["adaptation.augmentation"]["kind"] == "diffaugment"
@@ -44,7 +44,7 @@ def test_it_is_scratch_by_those_settings_and_nothing_else(run: Path) -> None:
         "adaptation.r1": [[0, 4.0], [16, 2.0]], "adaptation.r2": 0.0,
         "adaptation.augmentation": {"kind": "diffaugment", "p": [[0, 0.0], [32, 0.6]], "speed_images": 50_000},
         "adaptation.optimizers.generator": {"lr": [[0, 1e-3], [32, 1e-4]], "betas": [0.5, 0.9]},
-        "adaptation.optimizers.discriminator": {"lr": 5e-4, "name": "sgd", "every": 2}})
+        "adaptation.optimizers.discriminator": {"lr": 5e-4, "name": "adamw", "every": 2}})
     control = trial_of(run, by_hand, "scratch")
     run_trial(control, by_hand, run, until=32)
     plain = trial_of(run, recipe, "scratch")
@@ -52,6 +52,8 @@ def test_it_is_scratch_by_those_settings_and_nothing_else(run: Path) -> None:
     ours, theirs, others = (weights_of(run, *found)["generator"] for found in (
         (trial, recipe), (control, by_hand), (plain, recipe)))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    kept = weights_of(run, trial, recipe)
+    assert [kept[f"{network}_optimizer"]["step"].item() for network in ("generator", "discriminator")] == [8, 4]
     assert not torch.equal(ours["project.weight"], others["project.weight"])
 
 
