@@ -92,3 +92,21 @@ def test_where_there_is_no_discriminator_a_method_works_or_says_so(tmp_path: Pat
         with pytest.raises(UserError, match=rf"^the method {name} .* whole images, which the family gan has none of; leave it"):
             METHODS[name].prepare(networks, adaptation)
             METHODS[name].phases(adaptation)
+
+
+@pytest.mark.parametrize("method", OURS)
+@pytest.mark.parametrize("family", ["vae", "vaegan"])
+def test_trials_of_variational_families(run: Path, family: str, method: str) -> None:
+    """A VAE has no discriminator and a VAE-GAN has one; what a method can do it does, in rungs as in one go."""
+    recipe = recipe_of(run.parent, {"training.family": family})
+    whole, stepwise = trial_of(run, recipe, method, seed=6), trial_of(run, recipe, method, domain="same", seed=6)
+    if family == "vae" and method in ("ewc", "bss", "distill", "projected"):
+        with pytest.raises(UserError, match="which the family vae has none of"):
+            run_trial(whole, recipe, run, until=16)
+        return
+    for until in (8, 16):
+        row = run_trial(stepwise, recipe, run, until=until)
+    assert (row["status"], row["images_seen"]) == ("running", 16)
+    run_trial(whole, recipe, run, until=16)
+    expected, ours = weights_of(run, whole, recipe), weights_of(run, stepwise, recipe)
+    assert all(torch.equal(ours[stem][name], value) for stem, named in expected.items() for name, value in named.items())
