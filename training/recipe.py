@@ -24,6 +24,12 @@ from training.families.density import DensityConfig
 from training.families.sequence import SequenceConfig
 from training.families.vae import VaeConfig
 from training.health import HealthConfig
+from training.methods.bss import BssConfig
+from training.methods.distill import DistillConfig
+from training.methods.ewc import EwcConfig
+from training.methods.freezeg import FreezegConfig
+from training.methods.l2sp import L2spConfig
+from training.methods.projected import ProjectedConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import OBJECTIVES, ObjectiveConfig
 from training.objectives.packing import check_packing
@@ -211,12 +217,22 @@ class AdaptationConfig(Config):
     images: int = Field(1600, ge=1, description="real images seen by one trial, repeats of the support set counted")
     lr: Schedule = Field(2e-4, description="learning rate of both networks")
     betas: tuple[float, float] = Field((0.0, 0.99), description="decay rates of Adam's moments")
+    optimizers: dict[str, OptimizerConfig] = Field(
+        {}, description="a whole optimizer section, by network, in the place of lr and betas")
     r1: Schedule = Field(1.0, description="weight of R1")
     r2: Schedule = Field(1.0, description="weight of R2")
     augmentation: AugmentConfig = AugmentConfig()
     conditional: bool = Field(False, description="tell the networks the classes of the target set, which begin as the source's "
                                                  "of the same name, or at the mean of the source's; pictures are of all alike")
+    frozen: tuple[str, ...] = Field((), description="weights that stay as the start has them, in every method that has a "
+                                    "start, by patterns over <network>.<weight>: [generator.blocks.0.*, '*.bias']")
     frozen_blocks: int = Field(2, ge=0, description="FreezeD: blocks of D, from the image side, that stay fixed")
+    freezeg: FreezegConfig = FreezegConfig()
+    l2sp: L2spConfig = L2spConfig()
+    ewc: EwcConfig = EwcConfig()
+    bss: BssConfig = BssConfig()
+    distill: DistillConfig = DistillConfig()
+    projected: ProjectedConfig = ProjectedConfig()
     ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
 
     _schedules = field_validator("lr", "r1", "r2")(check_schedule)
@@ -260,6 +276,9 @@ class TrainingRecipe(Config):
         check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         check_judged("adaptation.augmentation", self.adaptation.augmentation, self.training.family)
+        names = {name for family in FAMILIES.values() for name in family.names}  # a method may be of another family
+        for name in self.adaptation.optimizers.keys() - names:
+            raise UserError(f"adaptation.optimizers names {name!r}, but networks are called {', '.join(sorted(names))}.")
         return self
 
     @model_validator(mode="after")
@@ -276,6 +295,11 @@ class TrainingRecipe(Config):
             raise UserError(f"{key} needs a generator that makes images from noise, and training.family = {family} translates "
                             "images; set it to 0.")
         return self
+
+    def trial_optimizers(self) -> dict[str, OptimizerConfig]:
+        """Of each network in a trial."""
+        common = OptimizerConfig(lr=self.adaptation.lr, betas=self.adaptation.betas)
+        return {name: self.adaptation.optimizers.get(name, common) for name in FAMILIES[self.training.family].names}
 
 
 def check_groups(key: str, batch: int, parts: int, training: TrainingConfig) -> None:

@@ -30,6 +30,7 @@ from training.ema import make_average, whole_average
 from training.engines import EngineConfig, make_engine, whole_weights
 from training.events import append_event, cut_events
 from training.families import FAMILIES, Phase, check_generates
+from training.freezing import freeze_matching
 from training.loop import NonFinite, Plan, State, train
 from training.methods import METHODS, Adaptation
 from training.metrics.copying import nearest_support
@@ -37,7 +38,6 @@ from training.metrics.kid import kid
 from training.metrics.likeness import Pictures
 from training.metrics.score import contract, score
 from training.networks import load_start, load_weights, make_networks
-from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
 from training.recipe import SCHEMA_VERSION, AdaptationConfig, TrainingRecipe, resolve
 from training.sample import averaged_generator
@@ -71,8 +71,11 @@ def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
     for section in ("data", "meta", "fanout", "cluster"):  # what they decide is in the checkpoint's hash
         fields.pop(section, None)
     fields["training"].pop("images")
+    fields["adaptation"] = {name: value for name, value in fields["adaptation"].items()
+                            if name == trial.method or name not in METHODS}  # not the sections of other methods
+    settings = {**METHODS[trial.method].derived(recipe), **trial.hyperparameters}
     return content_id(fields, trial.domain, open_cached(trial.set_path).manifest.sha256, trial.method, trial.seed, trial.phase,
-                      trial.start, trial.checkpoint_sha256, dict(trial.hyperparameters))
+                      trial.start, trial.checkpoint_sha256, settings)
 
 
 def trial_folder(run: Path, trial: Trial, identity: str) -> Path:
@@ -91,7 +94,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     """
     identity = trial_id(trial, recipe)
     recipe = resolve(type(recipe), apply_overrides(recipe.model_dump(mode="json"), {
-        **METHODS[trial.method].settings, **trial.hyperparameters}), where="trial")
+        **METHODS[trial.method].settings, **METHODS[trial.method].derived(recipe), **trial.hyperparameters}), where="trial")
     check_generates(recipe.training, "the trial's recipe is")
     recipe = for_target(recipe, open_cached(trial.set_path))
     config, folder = recipe.adaptation, trial_folder(run, trial, identity)
@@ -209,6 +212,8 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
     method.prepare(networks, adaptation)
     if family.fit:
         family.fit(networks["generator"], recipe.training, target.support, trial.seed)
+    if config.frozen and trial.checkpoint:
+        freeze_matching(networks, config.frozen, adaptation.source)
     images, strength = 0, Strength()
     tensors: dict[str, dict[str, Tensor]] = {}
     if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
@@ -216,8 +221,8 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
         images, strength = int(saved["images"]), read_strength(saved.get("augmentation"))
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{folder}/best/{name}.safetensors")
-    optimizer = OptimizerConfig(lr=config.lr, betas=config.betas)
-    engines = {name: make_engine(name, network, optimizer, EngineConfig(kind="torch"), World(), batch=config.batch,
+    optimizers = recipe.trial_optimizers()
+    engines = {name: make_engine(name, network, optimizers[name], EngineConfig(kind="torch"), World(), batch=config.batch,
                                  state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
     average = make_average(engines["generator"], tensors.get(AVERAGE))
     return State(engines, {"generator": average}, images=images, strength=strength), method.phases(adaptation)
@@ -225,8 +230,10 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
 
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
     config: AdaptationConfig = recipe.adaptation
+    optimizers = recipe.trial_optimizers()
     return Plan(until=until, batch=config.batch, seed=trial.seed, latent_dim=recipe.training.generator.latent_dim,
-                lr=dict.fromkeys(FAMILIES[recipe.training.family].names, config.lr),
+                lr={name: optimizer.lr for name, optimizer in optimizers.items()},
+                every={name: optimizer.every for name, optimizer in optimizers.items()},
                 weights={**recipe.training.weights(warm=True), "r1": config.r1, "r2": config.r2},
                 augmentation=config.augmentation,
                 ema_halflife_images=config.ema_halflife_images, precision=recipe.training.precision,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from training.config import Config, operational
+from training.config import Config, field_paths, operational
 from training.methods import METHODS
 from training.recipe import AdaptationConfig, check_address
 from tune_spaces.space import Axis, check_axis
@@ -54,7 +54,7 @@ class FanoutConfig(Config):
     def _searchable(cls, space: dict[str, Any]) -> dict[str, Any]:
         readable = sorted({name for method in METHODS.values() for name in method.hyperparameters})
         for name, axis in space.items():
-            if name not in AdaptationConfig.model_fields or name not in readable:
+            if name not in field_paths(AdaptationConfig) or name not in readable:
                 raise ValueError(f"no method searches {name!r}; searchable: {', '.join(readable)}")
             check_axis(name, axis)
         return space

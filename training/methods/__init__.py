@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from training.methods import density, finetune, freezed, reptile, scratch
+from training.methods import (
+    bss,
+    density,
+    distill,
+    ewc,
+    finetune,
+    freezed,
+    freezeg,
+    l2sp,
+    projected,
+    reptile,
+    scratch,
+    structure,
+)
 from training.methods.method import Adaptation, Method
 
 __all__ = ["METHODS", "Adaptation", "Method"]
@@ -13,4 +26,11 @@ METHODS: dict[str, Method] = {
     "freezed": freezed.METHOD,
     "reptile": reptile.METHOD,
     "density": density.METHOD,
+    "freezeg": freezeg.METHOD,
+    "l2sp": l2sp.METHOD,
+    "ewc": ewc.METHOD,
+    "bss": bss.METHOD,
+    "distill": distill.METHOD,
+    "projected": projected.METHOD,
+    "structure": structure.METHOD,
 }

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from data_shards.errors import UserError
 from training.families import Batch, Networks, Phase, Terms
 
 if TYPE_CHECKING:
@@ -34,19 +35,22 @@ class Method:
 
     Args:
         start: whose weights it begins with.
-        prepare: changes the networks before their engines are made: freezes weights, or gives them another parameterisation
-            (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more.
+        prepare: changes the networks before their engines are made: freezes weights, gives them another parameterisation
+            (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more, or puts another network in the
+            place of one that only helps to train.
         phases: what a step runs, made of the family's own.
         settings: recipe values, by dotted key, that the method comes with.
+        derived: likewise, as they follow from the recipe.
         hyperparameters: fields of the recipe's ``adaptation`` section that a search may vary for it.
 
     `prepare` and `phases` may raise UserError for a setting or a family that the method cannot serve.
     """
 
     start: Literal["scratch", "pretrain", "meta"]
-    prepare: Callable[[Networks, Adaptation], None] = lambda networks, adaptation: None
+    prepare: Callable[[dict[str, nn.Module], Adaptation], None] = lambda networks, adaptation: None
     phases: Callable[[Adaptation], Sequence[Phase]] = lambda adaptation: adaptation.phases
     settings: Mapping[str, Any] = field(default_factory=dict)
+    derived: Callable[[TrainingRecipe], Mapping[str, Any]] = lambda recipe: {}
     hyperparameters: tuple[str, ...] = ("lr", "r1")
 
 
@@ -62,3 +66,19 @@ def with_term(phases: Sequence[Phase], network: str, name: str, weight: float, e
         return replace(phase, loss=loss)
 
     return [added(phase) if phase.network == network and weight else phase for phase in phases]
+
+
+def discriminator_of(networks: Networks, adaptation: Adaptation, does: str) -> nn.Module:
+    """The discriminator, one with ``features()`` as those of `training.models` have them.
+
+    Args:
+        does: what the method does with it, the beginning of the sentence that refuses.
+
+    Raises:
+        UserError: for a family without one.
+    """
+    network = networks.get("discriminator")
+    if network is None or not hasattr(network, "features"):
+        raise UserError(f"{does} a discriminator of whole images, which the family {adaptation.recipe.training.family} has "
+                        "none of; leave it out of fanout.methods.")
+    return network
