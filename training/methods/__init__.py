@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.methods import density, finetune, freezed, reptile, scratch
+from training.methods import density, finetune, fomaml, freezed, maml, reptile, scratch
 from training.methods.method import Adaptation, Method
 
 __all__ = ["METHODS", "Adaptation", "Method"]
@@ -12,5 +12,7 @@ METHODS: dict[str, Method] = {
     "finetune": finetune.METHOD,
     "freezed": freezed.METHOD,
     "reptile": reptile.METHOD,
+    "fomaml": fomaml.METHOD,
+    "maml": maml.METHOD,
     "density": density.METHOD,
 }

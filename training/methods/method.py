@@ -34,6 +34,7 @@ class Method:
 
     Args:
         start: whose weights it begins with.
+        rule: of meta-learning, by whose weights it begins where ``start`` is "meta".
         prepare: changes the networks before their engines are made: freezes weights, or gives them another parameterisation
             (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more.
         phases: what a step runs, made of the family's own.
@@ -48,6 +49,12 @@ class Method:
     phases: Callable[[Adaptation], Sequence[Phase]] = lambda adaptation: adaptation.phases
     settings: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: tuple[str, ...] = ("lr", "r1")
+    rule: str = ""
+
+    @property
+    def weights(self) -> str:
+        """What it begins with, by name: "scratch", "pretrain" or the rule."""
+        return self.rule or self.start
 
 
 def with_term(phases: Sequence[Phase], network: str, name: str, weight: float, extra: Extra) -> list[Phase]:
