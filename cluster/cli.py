@@ -192,7 +192,7 @@ def sample(target: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
            reverse: Annotated[bool, typer.Option("--reverse", help="With --from: from domain B to domain A.")] = False,
            to_shards: Annotated[str | None, typer.Option("--shards", metavar="DST", help="Pack them as a set in this folder "
                                                          "or store instead, with where they come from.")] = None,
-           stage: Annotated[str, typer.Option(help="Whose generator: pretrain or meta.")] = "pretrain",
+           stage: Annotated[str, typer.Option(help="Whose generator: pretrain, meta, or meta:RULE.")] = "pretrain",
            trial: Annotated[str | None, typer.Option(help="Id of a trial instead of a stage.")] = None,
            count: Annotated[int | None, typer.Option(min=1, help="Number of pictures; 64, or with --from and --shards all of "
                                                      "the set.")] = None,
@@ -396,10 +396,12 @@ def _checkpoint(run: Path, stage: str, trial: str | None) -> Path:
             raise UserError(f"run {run} has no trial {trial!r}; its trials: {', '.join(known) or 'none yet'}.")
         return known[trial]
     parents = {"pretrain": [run / "pretrain"], "meta": sorted(run.glob("meta/*"))}
+    parents |= {f"meta:{rule}": sorted(run.glob(f"meta/{rule}-*")) for rule in sorted({path.name.partition("-")[0]
+                                                                                       for path in parents["meta"]})}
     if stage not in parents:
         raise UserError(f"--stage {stage!r} is unknown; choose one of {', '.join(parents)}.")
     for parent in parents[stage]:
         if (found := latest_valid(parent)) is not None:
             return found
-    command = {"pretrain": "pretrain", "meta": "metatrain"}[stage]
+    command = "pretrain" if stage == "pretrain" else "metatrain"
     raise UserError(f"run {run} has no checkpoint of {stage} yet; make one with `graft {command} RECIPE --out {run}`.")

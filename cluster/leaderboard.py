@@ -11,7 +11,7 @@ from cluster.recipe import Recipe
 from data_shards.errors import UserError
 from data_shards.files import write_json
 from training.events import read_events
-from training.methods import METHODS
+from training.methods import METHODS, Method
 from training.metrics.score import same_contract
 from training.metrics.verdict import Gain, judge, paired_gain
 
@@ -92,8 +92,9 @@ def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[
     What a domain saves is the time its scratch trials spent beyond the point where the method was already as good: the
     method's first evaluation whose mean selection KID is at most scratch's last, as a share of the budget.
     """
-    shared = {"pretrain": costs.get("pretrain_seconds", 0.0),
-              "meta": costs.get("pretrain_seconds", 0.0) + costs.get("meta_seconds", 0.0)}
+    def shared(method: Method) -> float:
+        return costs.get("pretrain_seconds", 0.0) + (costs.get(f"meta_{method.rule}_seconds", 0.0) if method.rule else 0.0)
+
     paid: dict[str, float | None] = {}
     for method in {row["method"] for row in rows if METHODS[row["method"]].start != "scratch"}:
         saved = []
@@ -105,7 +106,7 @@ def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[
                 reached = [images for images in sorted(ours) if ours[images] <= goal]
                 saved.append(seconds * (1 - reached[0] / budget) if reached else 0.0)
         mean = fmean(saved) if saved else 0.0
-        paid[method] = round(shared[METHODS[method].start] / mean, 1) if mean > 0 else None
+        paid[method] = round(shared(METHODS[method]) / mean, 1) if mean > 0 else None
     return paid
 
 

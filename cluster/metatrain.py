@@ -11,11 +11,12 @@ from cluster.recipe import Recipe
 from data_shards import ShardSet
 from training.checkpoint import checkpoint_hash
 from training.families import FAMILIES
-from training.meta.reptile import InnerLoop, Task, TaskResult, metatrain
+from training.meta.metatrain import Shared, Task, TaskResult, metatrain
 
 
 def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -> Path:
-    """Meta-train from ``start`` on; the tasks of an outer step run on one actor per trial's share of the cluster."""
+    """Meta-train by ``recipe.meta`` from ``start`` on; the tasks of an outer step run on one actor per trial's share of the
+    cluster."""
     import ray
 
     available, family = ray.cluster_resources(), FAMILIES[recipe.training.family]
@@ -24,15 +25,15 @@ def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -
     actor = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=3, max_task_retries=3)(TaskRunner)
     actors: list[Any] = [actor.remote() for _ in range(count)]
 
-    def map_tasks(inner: Callable[[InnerLoop, Task], TaskResult], loop: InnerLoop, tasks: list[Task]) -> list[TaskResult]:
-        shared = ray.put(loop)
-        return ray.get([actors[i % count].run.remote(inner, shared, task) for i, task in enumerate(tasks)])
+    def map_tasks(run_task: Callable[[Shared, Task], TaskResult], shared: Shared, tasks: list[Task]) -> list[TaskResult]:
+        sent = ray.put(shared)
+        return ray.get([actors[i % count].run.remote(run_task, sent, task) for i, task in enumerate(tasks)])
 
     try:
-        with progress("meta-train", recipe.meta.steps, "steps") as show:
+        with progress(recipe.meta.rule, recipe.meta.steps, "steps") as show:
             def report(step: int, total: int, metrics: dict[str, float]) -> None:
                 rate = metrics["images_per_second"]
-                left = (total - step) * recipe.meta.tasks * recipe.meta.inner_steps * recipe.meta.inner_batch / rate
+                left = (total - step) * recipe.meta.images_per_step / rate
                 show(step, f"{rate:.0f} images/s  {family.line(metrics)}  {left / 60:.1f} min left")
 
             return metatrain(recipe, source, run, start, checkpoint_hash(start), map_tasks=map_tasks, progress=report)
@@ -44,5 +45,5 @@ def metatrain_on_ray(recipe: Recipe, source: ShardSet, run: Path, start: Path) -
 class TaskRunner:
     """An actor: keeps the process, its imports and its open shards over the tasks."""
 
-    def run(self, inner: Callable[[InnerLoop, Task], TaskResult], loop: InnerLoop, task: Task) -> Any:
-        return inner(loop, task)
+    def run(self, run_task: Callable[[Shared, Task], TaskResult], shared: Shared, task: Task) -> Any:
+        return run_task(shared, task)

@@ -108,12 +108,6 @@ class Recipe(TrainingRecipe):
         return share
 
     @property
-    def needs_meta(self) -> bool:
-        from training.methods import METHODS
-
-        return any(METHODS[name].start == "meta" for name in self.fanout.methods)
-
-    @property
     def needs_pretrained(self) -> bool:
         from training.methods import METHODS
 
@@ -135,6 +129,15 @@ class Recipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _meta_has_steps(self) -> Any:
-        if self.needs_meta and not self.meta.steps:
-            raise ValueError("a method starts from meta-learned weights, but meta.steps is 0; set it or drop the method")
+        from training.methods import METHODS
+
+        trained = self.meta.each()
+        for name in self.fanout.methods:
+            rule = METHODS[name].rule
+            if rule and rule not in trained:
+                raise ValueError(f"the method {name} begins from what the rule {rule} meta-learned, which is neither "
+                                 f"meta.rule nor in meta.also; add meta.also = {{{rule}: {{inner_optimizer: sgd}}}}, with what "
+                                 "else differs, or drop the method")
+            if rule and not trained[rule].steps:
+                raise ValueError("a method starts from meta-learned weights, but meta.steps is 0; set it or drop the method")
         return self

@@ -24,7 +24,8 @@ from data_shards.parts import check_shapes
 from training.checkpoint import checkpoint_hash, latest_valid
 from training.events import append_event, read_events
 from training.families import FAMILIES
-from training.meta.reptile import meta_id
+from training.meta import RULES
+from training.meta.metatrain import finished_meta, meta_id
 from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.pictures import save_grid
@@ -74,8 +75,9 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
             _pretrain(recipe, source, out, done, start_ray)
         if "encoder" in chosen:
             _encoder(recipe, source, out)
-        if "metatrain" in chosen and (recipe.needs_meta or stages):
-            _metatrain(recipe, source, out, start_ray)
+        if "metatrain" in chosen:
+            for one in meta_recipes(recipe, every=bool(stages)):
+                _metatrain(one, source, out, start_ray)
         if "fanout" in chosen and recipe.fanout.targets:
             board = _fanout(recipe, source, out, start_ray)
     if "report" in chosen or board:
@@ -97,10 +99,13 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
         yield (f"  elastic   of {low}-{high} workers, {_listed(sizes)} divide{'s' if len(sizes) == 1 else ''} the batch of "
                f"{training.batch} and the {recipe.data.streams} streams; {_listed(skipped)} "
                f"{'is' if len(skipped) == 1 else 'are'} skipped")
-    if recipe.needs_meta:
-        meta = recipe.meta
-        yield (f"  meta      {meta.steps} steps x {meta.tasks} tasks x {meta.inner_steps} inner steps x {meta.inner_batch} = "
-               f"{meta.steps * meta.tasks * meta.inner_steps * meta.inner_batch} images")
+    for one in meta_recipes(recipe):
+        meta = one.meta
+        task = f"{meta.inner_steps} inner steps x {meta.inner_batch}"
+        if RULES[meta.rule].queries:
+            task = f"({task} + {meta.queries} queries)"
+        yield (f"  meta      {meta.rule}: {meta.steps} steps x {meta.tasks} tasks x {task} = "
+               f"{meta.steps * meta.images_per_step} images")
     if fanout.targets:
         count = fair_count(fanout.space, fanout.methods, fanout.candidates)
         yield (f"  fan-out   {len(fanout.targets)} domains x {len(fanout.methods)} methods x ({count} candidates by "
@@ -195,15 +200,20 @@ def _encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
 def _metatrain(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> None:
     start = _pretrained(recipe, source, out)
     folder = out / "meta" / meta_id(recipe, checkpoint_hash(start), source)
-    newest = latest_valid(folder)
-    per_step = recipe.meta.tasks * recipe.meta.inner_steps * recipe.meta.inner_batch
-    if newest and newest.name >= f"step-{recipe.meta.steps * per_step:012d}":
-        console.print(f"meta      already done: {newest}")
+    if done := finished_meta(folder, recipe.meta):
+        console.print(f"meta      already done: {done}")
         return
     start_ray()
     preflight({"meta-training": [recipe.cluster.trial_resources]})
-    with _timed(out, "meta"):
+    with _timed(out, "meta", recipe.meta.rule):
         metatrain_on_ray(recipe, source, out, start)
+
+
+def meta_recipes(recipe: Recipe, *, every: bool = False) -> list[Recipe]:
+    """The recipe with one meta-training of it as its ``meta`` section: one for each rule that a method of the fan-out begins
+    from, or for ``every`` rule."""
+    wanted = {METHODS[name].rule for name in recipe.fanout.methods}
+    return [recipe.model_copy(update={"meta": meta}) for rule, meta in recipe.meta.each().items() if every or rule in wanted]
 
 
 def _fanout(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> Board:
@@ -230,12 +240,13 @@ def plan_races(recipe: Recipe, source: ShardSet, out: Path) -> list[Race]:
     if kinds & {"pretrain", "meta"}:
         pretrained = _pretrained(recipe, source, out)
         starts["pretrain"] = Start("pretrain", str(pretrained), checkpoint_hash(pretrained))
-        if "meta" in kinds:
-            identity = meta_id(recipe, checkpoint_hash(pretrained), source)
+        for one in meta_recipes(recipe):
+            identity = meta_id(one, checkpoint_hash(pretrained), source)
             meta = latest_valid(out / "meta" / identity)
             if meta is None:
-                raise UserError(f"{out} has no meta-learned weights for this recipe; run `graft metatrain` first.")
-            starts["meta"] = Start(f"meta:{identity}", str(meta), checkpoint_hash(meta))
+                raise UserError(f"{out} has no weights that {one.meta.rule} meta-learned by this recipe; run `graft metatrain` "
+                                "first.")
+            starts[one.meta.rule] = Start(f"meta:{identity}", str(meta), checkpoint_hash(meta))
     return races(recipe, recipe.fanout, starts)
 
 
@@ -264,17 +275,19 @@ def _report(recipe: Recipe, out: Path, board: Board | None) -> None:
 
 
 def stage_seconds(out: Path) -> dict[str, float]:
-    """Seconds spent in each stage over all calls, ``{"pretrain_seconds": ...}``."""
+    """Seconds spent in each stage over all calls, ``{"pretrain_seconds": ...}``, and in its parts, which are among them:
+    ``meta_reptile_seconds``."""
     spent: dict[str, float] = {}
     for event in read_events(out / "events.jsonl"):
         if "seconds" in event["metrics"]:
-            key = f"{event['stage']}_seconds"
-            spent[key] = round(spent.get(key, 0.0) + event["metrics"]["seconds"], 1)
+            keys = [event["stage"], *([f"{event['stage']}_{event['trial']}"] if event["trial"] else [])]
+            for key in keys:
+                spent[f"{key}_seconds"] = round(spent.get(f"{key}_seconds", 0.0) + event["metrics"]["seconds"], 1)
     return spent
 
 
 @contextmanager
-def _timed(out: Path | None, stage: str) -> Iterator[None]:
+def _timed(out: Path | None, stage: str, part: str = "") -> Iterator[None]:
     started, completed = time.monotonic(), False
     try:
         yield
@@ -282,9 +295,9 @@ def _timed(out: Path | None, stage: str) -> Iterator[None]:
     finally:
         seconds = time.monotonic() - started
         if out:
-            append_event(out / "events.jsonl", stage=stage, images=0,
+            append_event(out / "events.jsonl", stage=stage, trial=part, images=0,
                          metrics={"seconds": round(seconds, 1), "completed": completed})
-    console.print(f"{stage:<9} done in {seconds:.0f} s")
+    console.print(f"{stage:<9} {f'{part} ' if part else ''}done in {seconds:.0f} s")
 
 
 def _once(start: Callable[[], Any]) -> Callable[[], None]:

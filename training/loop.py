@@ -124,17 +124,7 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
         started = time.monotonic()
         given, given_b = next(batches), next(batches_b) if batches_b else None
         state.waited_s += time.monotonic() - started
-        images = to_signed(given.images)
-        batch = Batch(
-            images=images, images_b=to_signed(given_b.images) if given_b else None,
-            labels=given.labels.to(images.device, non_blocking=True),
-            latents={phase.network: latents(plan.seed, phase.network, state.images, plan.batch, plan.latent_dim,
-                                            world).to(images.device) for phase in phases},
-            weights={"augment": strength_at(plan.augmentation, state.strength, state.images),
-                     **{name: value_at(weight, state.images) for name, weight in plan.weights.items()}},
-            uniforms={f"{phase.network} {purpose}": uniforms(plan.seed, f"{phase.network} {purpose}", state.images, plan.batch,
-                                                             count, world)
-                      for phase in phases for purpose, count in phase.uniforms.items() if count})
+        batch = drawn(given, phases, plan, at=state.images, given_b=given_b, strength=state.strength, world=world)
 
         for phase in phases:
             if state.images // plan.batch % plan.every.get(phase.network, 1):
@@ -160,6 +150,27 @@ def train(state: State, phases: Sequence[Phase], batches: Iterator[Images], plan
                            halflife_images=value_at(plan.ema_halflife_images, state.images))
         state.images += plan.batch
         state.steps += 1
+
+
+def drawn(given: Images, phases: Sequence[Phase], plan: Plan, *, at: int, count: int | None = None,
+          given_b: Images | None = None, strength: Strength | None = None, world: World | None = None) -> Batch:
+    """This rank's share of a step's batch: the images with the draws and weights of the step after ``at`` images.
+
+    Args:
+        count: images of the global batch where they are not ``plan.batch``.
+        given_b: those of a second set, for families that translate.
+    """
+    count = count or plan.batch
+    images = to_signed(given.images)
+    return Batch(
+        images=images, images_b=to_signed(given_b.images) if given_b else None,
+        labels=given.labels.to(images.device, non_blocking=True),
+        latents={phase.network: latents(plan.seed, phase.network, at, count, plan.latent_dim, world).to(images.device)
+                 for phase in phases},
+        weights={"augment": strength_at(plan.augmentation, strength or Strength(), at),
+                 **{name: value_at(weight, at) for name, weight in plan.weights.items()}},
+        uniforms={f"{phase.network} {purpose}": uniforms(plan.seed, f"{phase.network} {purpose}", at, count, numbers, world)
+                  for phase in phases for purpose, numbers in phase.uniforms.items() if numbers})
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from training.families.density import DensityConfig
 from training.families.sequence import SequenceConfig
 from training.families.vae import VaeConfig
 from training.health import HealthConfig
+from training.meta import RULES
+from training.meta.config import MetaConfig
 from training.methods.bss import BssConfig
 from training.methods.distill import DistillConfig
 from training.methods.ewc import EwcConfig
@@ -197,20 +199,6 @@ class TrainingConfig(Config):
         return self
 
 
-class MetaConfig(Config):
-    steps: int = Field(0, ge=0, description="outer steps of meta-training; 0 leaves it out")
-    tasks: int = Field(4, ge=1, description="tasks (source classes) per outer step")
-    shots: int = Field(10, ge=1, description="support images of a task")
-    inner_steps: int = Field(10, ge=1, description="gradient steps of G and D within a task")
-    inner_batch: int = Field(16, ge=1, description="images per inner step")
-    inner_lr: float = Field(2e-4, gt=0, description="learning rate of the inner loop")
-    outer_lr: Schedule = Field(0.5, description="share of the mean task update that the shared weights take")
-    report_every_steps: int = operational(5, "outer steps between two lines of the metrics log", ge=1)
-    snapshot_every_steps: int = operational(50, "outer steps between two checkpoints", ge=1)
-
-    _schedule = field_validator("outer_lr")(check_schedule)
-
-
 class AdaptationConfig(Config):
     shots: int = Field(10, ge=1, description="support images of a target domain")
     batch: int = Field(16, ge=1, description="images per step")
@@ -271,9 +259,11 @@ class TrainingRecipe(Config):
             raise UserError(f"adaptation.images = {self.adaptation.images} is less than one batch of "
                             f"{self.adaptation.batch}; raise it.")
         check_packing("adaptation.batch", self.adaptation.batch, 1, self.training.objective.pack)
-        check_packing("meta.inner_batch", self.meta.inner_batch, 1, self.training.objective.pack)
         check_groups("adaptation.batch", self.adaptation.batch, 1, self.training)
-        check_groups("meta.inner_batch", self.meta.inner_batch, 1, self.training)
+        for meta in self.meta.each().values():
+            for key in ("inner_batch", "queries") if RULES[meta.rule].queries else ("inner_batch",):
+                check_packing(f"meta.{key}", getattr(meta, key), 1, self.training.objective.pack)
+                check_groups(f"meta.{key}", getattr(meta, key), 1, self.training)
         check_adaptive("adaptation.augmentation", self.adaptation.augmentation, self.training.objective)
         check_judged("adaptation.augmentation", self.adaptation.augmentation, self.training.family)
         names = {name for family in FAMILIES.values() for name in family.names}  # a method may be of another family

@@ -61,13 +61,14 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Start]) -> list[Race]:
-    """One race per domain and method. Seeds, support sets and latents are the same for every method of a domain."""
+    """One race per domain and method, ``starts`` by `Method.weights`. Seeds, support sets and latents are the same for every
+    method of a domain."""
     count = fair_count(fanout.space, fanout.methods, fanout.candidates)
     found = []
     for target in fanout.targets:
         path = set_place(recipe.data, target.set)
         for method in fanout.methods:
-            make = functools.partial(_named, recipe, target.domain, path, method, starts.get(METHODS[method].start))
+            make = functools.partial(_named, recipe, target.domain, path, method, starts.get(METHODS[method].weights))
             drawn = candidates(fanout.space, method, count, recipe.seed)
             ladder = Ladder(len(drawn), min(fanout.rungs, 1 + int(math.log(len(drawn), fanout.reduction) + 1e-9)),
                             fanout.reduction)

@@ -149,6 +149,9 @@ def test_a_sample_names_the_trials_there_are(elsewhere: Path, capsys: pytest.Cap
     assert "abc123" in mistake(capsys, "sample", "run", "--out", "grid.png", "--trial", "xyz")
     assert "graft pretrain" in mistake(capsys, "sample", "run", "--out", "grid.png")
     assert "pretrain, meta" in mistake(capsys, "sample", "run", "--out", "grid.png", "--stage", "fanout")
+    (elsewhere / "run" / "meta" / "fomaml-0123").mkdir(parents=True)
+    assert "pretrain, meta, meta:fomaml" in mistake(capsys, "sample", "run", "--out", "grid.png", "--stage", "meta:maml")
+    assert "graft metatrain" in mistake(capsys, "sample", "run", "--out", "grid.png", "--stage", "meta:fomaml")
 
 
 def test_a_sample_without_out_lies_in_the_run(elsewhere: Path, capsys: pytest.CaptureFixture[str],

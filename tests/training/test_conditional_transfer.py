@@ -18,7 +18,7 @@ from tests.toy import SIZE, toy_recipe, toy_set, toy_tree
 from training.checkpoint import checkpoint_hash, load_checkpoint
 from training.draws import latents
 from training.evaluation import of_checkpoint
-from training.meta.reptile import metatrain
+from training.meta.metatrain import metatrain
 from training.metrics.encoder import save_encoder, train_encoder
 from training.networks import load_start, make_networks
 from training.pictures import to_uint8

@@ -27,7 +27,7 @@ from training.checkpoint import latest_valid, load_checkpoint
 from training.evaluation import of_checkpoint
 from training.families import FAMILIES, Batch, Phase
 from training.families.cyclegan import CycleganConfig, cyclegan_phases
-from training.meta.reptile import metatrain
+from training.meta.metatrain import metatrain
 from training.models.translation import PatchDiscriminators, Translators
 from training.networks import make_networks
 from training.objectives import OBJECTIVES

@@ -17,7 +17,7 @@ from training.config import apply_overrides
 from training.cost import blank_batch, step_flops
 from training.events import read_events
 from training.families import FAMILIES
-from training.meta.reptile import metatrain
+from training.meta.metatrain import metatrain
 from training.metrics.encoder import save_encoder, train_encoder
 from training.models.autoencoder import Autoencoder
 from training.networks import make_networks

@@ -124,4 +124,5 @@ CYCLEGAN = Family(
     phases=lambda config, augmentation: cyclegan_phases(config.objective.loss, config.cyclegan),
     shown={"D": "discriminator/adversarial", "G": "generator/adversarial", "cycle": "generator/cycle"},
     translates=True,
+    differentiable=False,  # D sees earlier translations
     refuse=refuse)

@@ -35,6 +35,7 @@ class Family:
             scores of pictures, and with them the fan-out, are refused.
         written: the samples as lines of text, where that is what they are.
         fit: makes the generator of images uint8 (N, C, H, W) and a seed at once, instead of steps; returns what it reports.
+        differentiable: its losses heed `Batch.through`, which makes MAML exact; a loss with a stopped gradient cannot.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class Family:
     drawn: Callable[[TrainingConfig, Tensor], Tensor] | None = None
     written: Callable[[TrainingConfig, Tensor], list[str]] | None = None
     fit: Callable[[nn.Module, TrainingConfig, Tensor, int], dict[str, float]] | None = None
+    differentiable: bool = True
 
     def pictures(self, config: TrainingConfig, samples: Tensor) -> Tensor:
         """Samples uint8 (N, C, H, W) as what can be looked at."""

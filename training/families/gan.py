@@ -46,7 +46,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
         return pack(images, packed)
 
     def discriminator(networks: Networks, batch: Batch) -> Terms:
-        with torch.no_grad():
+        with torch.set_grad_enabled(batch.through):
             fake = _told(networks["generator"], codes(networks, batch, "discriminator"), batch.labels).float()
             fake = shown(fake, batch, "discriminator fake")
             points = {"real": shown(batch.images, batch, "discriminator real"), "fake": fake}
@@ -72,7 +72,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
         fake_logits = _told(networks["discriminator"], shown(fake, batch, "generator fake"), batch.labels).float()
         real_logits = torch.zeros_like(fake_logits)
         if adversarial.paired:
-            with torch.no_grad():
+            with torch.set_grad_enabled(batch.through):
                 real = shown(batch.images, batch, "generator real")
                 real_logits = _told(networks["discriminator"], real, batch.labels).float()
         loss = adversarial.generator(real_logits, fake_logits)
@@ -112,7 +112,7 @@ def _judge(network: nn.Module, points: dict[str, Tensor], labels: Tensor, penali
         if differentiated and not exact:
             judged, squares = finite_difference_norms(network, images, told if _is_told(network) else None)
         else:
-            judged = _told(network, images.requires_grad_(differentiated), told)
+            judged = _told(network, images.requires_grad_() if differentiated else images, told)
             squares = squared_gradient_norms(judged, images) if differentiated else torch.empty(0)
         logits |= dict(zip(group, judged.float().unflatten(0, (-1, len(group))).unbind(1), strict=True))
         if differentiated:

@@ -24,6 +24,7 @@ class Batch:
     uniforms: Mapping[str, Tensor] = field(default_factory=dict)  # "<network> <purpose>": U[0, 1), float64 (N, count), CPU
     images_b: Tensor | None = None  # as images, of the set data.translate_to
     prepared: Mapping[str, Tensor] = field(default_factory=dict)  # what a phase's ``prepare`` made, (N, ...)
+    through: bool = False  # whether a loss is differentiated in all networks' weights (MAML); else in those of its own only
 
     def parts(self, count: int) -> Iterator[Batch]:
         """``count`` micro-batches, strided as the ranks' shares are: entry k of the batch is in part k mod ``count``, so that

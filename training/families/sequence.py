@@ -107,6 +107,7 @@ SEQUENCE = Family(
     networks=make_sequence,
     models={},
     phases=sequence_phases,
+    differentiable=False,  # torch's recurrent layers keep their weights to themselves
     drawn=lambda config, samples: (draw_text(to_lines(samples, config.sequence.alphabet)) if config.sequence.alphabet
                                    else draw_strokes(samples, config.sequence.grid)),
     written=lambda config, samples: to_lines(samples, config.sequence.alphabet) if config.sequence.alphabet else [],

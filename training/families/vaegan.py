@@ -76,4 +76,5 @@ def _networks(config: TrainingConfig, shape: Shape) -> dict[str, nn.Module]:
 
 VAEGAN = Family(
     names=("generator", "discriminator"), networks=_networks, phases=vaegan_phases, models=AUTOENCODERS,
+    differentiable=False,  # codes of images learn nothing from D, and D's features of them are held
     shown={"D": "discriminator/adversarial", "G": "generator/adversarial", "KL": "generator/kl"})

@@ -35,6 +35,7 @@ class Method:
 
     Args:
         start: whose weights it begins with.
+        rule: of meta-learning, by whose weights it begins where ``start`` is "meta".
         prepare: changes the networks before their engines are made: freezes weights, gives them another parameterisation
             (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more, or puts another network in the
             place of one that only helps to train.
@@ -52,6 +53,12 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[TrainingRecipe], Mapping[str, Any]] = lambda recipe: {}
     hyperparameters: tuple[str, ...] = ("lr", "r1")
+    rule: str = ""
+
+    @property
+    def weights(self) -> str:
+        """What it begins with, by name: "scratch", "pretrain" or the rule."""
+        return self.rule or self.start
 
 
 def with_term(phases: Sequence[Phase], network: str, name: str, weight: float, extra: Extra) -> list[Phase]:

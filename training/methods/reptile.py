@@ -1,5 +1,5 @@
-"""Full fine-tuning of G and D from weights that Reptile meta-learned (FIGR, Clouatre and Demers 2019)."""
+"""Full fine-tuning of all networks from weights that Reptile meta-learned (FIGR, Clouatre and Demers 2019)."""
 
 from training.methods.method import Method
 
-METHOD = Method(start="meta")
+METHOD = Method(start="meta", rule="reptile")

@@ -1,0 +1,5 @@
+"""Full fine-tuning of all networks from weights that MAML meta-learned (Finn, Abbeel and Levine 2017)."""
+
+from training.methods.method import Method
+
+METHOD = Method(start="meta", rule="maml")
