@@ -1,7 +1,7 @@
 """Weights into a network that is not quite the one they come from: other classes, none, or some where there were none.
 
-Only tensors that have a row for each class may differ; everything else is strict unless the caller says otherwise. What
-happened to each tensor is reported, so that no half-loaded network passes for a loaded one.
+Only tensors that have a row for each class may differ, and a miner may be new; everything else is strict unless the caller says
+otherwise. What happened to each tensor is reported, so that no half-loaded network passes for a loaded one.
 """
 
 from __future__ import annotations

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from training.methods import (
+    adam,
+    bsa,
     bss,
+    cdc,
     density,
     distill,
     ewc,
     finetune,
     freezed,
     freezeg,
+    fsgan,
     l2sp,
+    lora,
+    minegan,
     projected,
     reptile,
+    rssa,
     scratch,
     structure,
 )
@@ -33,4 +40,11 @@ METHODS: dict[str, Method] = {
     "distill": distill.METHOD,
     "projected": projected.METHOD,
     "structure": structure.METHOD,
+    "bsa": bsa.METHOD,
+    "fsgan": fsgan.METHOD,
+    "lora": lora.METHOD,
+    "adam": adam.METHOD,
+    "minegan": minegan.METHOD,
+    "cdc": cdc.METHOD,
+    "rssa": rssa.METHOD,
 }
