@@ -34,7 +34,7 @@ class AdamConfig(Config):
     probe: float = Field(0.2, gt=0, description="share of the trial's images on which importance is probed")
     fisher: float = Field(0.1, gt=0, description="share of the trial's images over which the Fisher information is averaged")
     rank: int = Field(1, ge=1, description="rank of each layer's modulation")
-    rate: float = Field(10.0, gt=0, description="learning rate of the modulation over adaptation.lr")
+    rate: float = Field(100.0, gt=0, description="learning rate of the modulation over adaptation.lr")
 
     @model_validator(mode="after")
     def _leaves_a_budget(self) -> AdamConfig:

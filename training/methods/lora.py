@@ -17,7 +17,7 @@ from training.methods.method import Adaptation, Method
 
 class LoraConfig(Config):
     rank: int = Field(4, ge=1, description="rank of each layer's change; less where the layer's own is less")
-    scale: float = Field(8.0, gt=0, description="factor of each layer's change, the paper's alpha over the rank")
+    scale: float = Field(30.0, gt=0, description="factor of each layer's change, the paper's alpha over the rank")
 
 
 class LowRank(nn.Module):

@@ -100,3 +100,14 @@ def test_every_model_can_be_stepped(run: Path, method: str, model: str) -> None:
         loss = phase.loss(networks, batch)["total"]
         assert loss.isfinite()
         assert any(gradient is not None for gradient in torch.autograd.grad(loss, trained, allow_unused=True))
+
+
+@pytest.mark.parametrize("method", ["adam", "minegan"])
+def test_what_a_recipe_freezes_stays_in_a_methods_own_stage_too(run: Path, method: str) -> None:
+    recipe = recipe_of(run.parent, {"adaptation.frozen": ["discriminator.blocks.0.*", "generator.blocks.1.bias"]})
+    trial = trial_of(run, recipe, method, domain="frozen")
+    run_trial(trial, recipe, run, until=32)
+    source, weights = start_of(recipe), weights_of(run, trial, recipe)
+    for name, key in (("discriminator", "blocks.0.bias"), ("generator", "blocks.1.bias")):
+        assert torch.equal(weights[name][key], source[name].state_dict()[key])
+    assert not torch.equal(weights["discriminator"]["blocks.1.bias"], source["discriminator"].state_dict()["blocks.1.bias"])
