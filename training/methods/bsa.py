@@ -24,8 +24,8 @@ from training.models.style import ModulatedConv
 
 
 class BsaConfig(Config):
-    rate: float = Field(100.0, gt=0, description="learning rate of the channels' scales over adaptation.lr; the paper's is 0.03 "
-                                                 "at first, 150 times our default")
+    rate: float = Field(100.0, gt=0, description="learning rate of the channels' scales over adaptation.lr; the paper's is "
+                                                 "0.03 at first, 150 times our default")
 
 
 class Scaled(nn.Module):
