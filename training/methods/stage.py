@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from training.engines import Engine, EngineConfig, make_engine
+from training.families import Batch, Networks, Phase, Terms
 from training.loop import State
 from training.methods.method import Adaptation
+from training.objectives import PENALTIES
 from training.world import World
 
 
@@ -56,14 +59,22 @@ def squared_gradients(networks: Mapping[str, nn.Module], adaptation: Adaptation,
 
                 hooks.append(parameter.register_hook(add))
     state = State(engines, {}, images=start)
-    adaptation.train(state, adaptation.phases, images, lr=dict.fromkeys(networks, 0.0), weights={}, every={},
-                     accumulation=config.batch // together)
+    adaptation.train(state, [_unpenalised(phase) for phase in adaptation.phases], images, lr=dict.fromkeys(networks, 0.0),
+                     every={}, accumulation=config.batch // together)
     for hook in hooks:
         hook.remove()
     for engine in engines.values():
         engine.close()
     count = (images - start) // together
     return {network: {name: total / count for name, total in named.items()} for network, named in sums.items()}
+
+
+def _unpenalised(phase: Phase) -> Phase:
+    def loss(networks: Networks, batch: Batch) -> Terms:
+        weights = {name: weight for name, weight in batch.weights.items() if name not in PENALTIES}
+        return phase.loss(networks, replace(batch, weights=weights))
+
+    return replace(phase, loss=loss)
 
 
 def _engines(networks: Mapping[str, nn.Module], adaptation: Adaptation) -> dict[str, Engine]:
