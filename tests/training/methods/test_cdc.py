@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import cosine_similarity, softplus
 
@@ -150,12 +150,26 @@ def test_what_it_cannot_serve_is_refused(tmp_path: Path, method: str, settings: 
         METHODS[method].prepare(networks, adaptation_of(recipe, networks))
 
 
-@pytest.mark.parametrize("method", ["cdc", "rssa"])
-def test_without_a_discriminator_the_terms_alone_are_added(tmp_path: Path, method: str) -> None:
-    recipe = recipe_of(tmp_path, EIGHT)
-    networks = {"generator": start_of(recipe)["generator"]}
-    adaptation = dataclasses.replace(adaptation_of(recipe, networks), phases=[])
+@pytest.mark.parametrize(("method", "terms"), [
+    ("cdc", {"distance_consistency"}), ("rssa", {"self_correlation", "disturbance_correlation"})])
+def test_an_autoencoder_gets_the_terms_on_its_decoder_and_no_patches(tmp_path: Path, method: str, terms: set[str]) -> None:
+    recipe = recipe_of(tmp_path, {**EIGHT, "training.family": "vae"})
+    networks = start_of(recipe)
+    adaptation = adaptation_of(recipe, networks)
     METHODS[method].prepare(networks, adaptation)
-    assert METHODS[method].phases(adaptation) == []
-    assert not hasattr(networks["generator"], "patch")
-    assert isinstance(networks["generator"], nn.Module)
+    assert networks["generator"].state_dict().keys() == adaptation.source["generator"].state_dict().keys()
+    batch = dataclasses.replace(batch_of(recipe, pictures(8)), weights={"kl": 1.0})
+    (plain,), (phase,) = adaptation.phases, METHODS[method].phases(adaptation)
+    found = phase.loss(networks, batch)
+    assert found.keys() - plain.loss(networks, batch).keys() == terms
+    assert all(abs(found[term].item()) < 1e-6 for term in terms)
+    stir(networks["generator"].get_submodule("decoder"), scale=0.2)
+    assert all(phase.loss(networks, batch)[term].item() > 1e-6 for term in terms)
+
+
+@pytest.mark.parametrize("method", ["cdc", "rssa"])
+def test_a_discriminator_with_another_use_is_refused(tmp_path: Path, method: str) -> None:
+    recipe = recipe_of(tmp_path, {**EIGHT, "training.family": "vaegan"})
+    networks = start_of(recipe)
+    with pytest.raises(UserError, match=f"the method {method} changes how a GAN's discriminator judges, .* is vaegan; leave"):
+        METHODS[method].prepare(networks, adaptation_of(recipe, networks))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_shards import UserError
 from tests.training.methods.start import SMALL, adaptation_of, batch_of, recipe_of, start_of, trial_of, weights_of
 from tests.training.models.make import latents
 from training.checkpoint import load_checkpoint
@@ -111,3 +112,24 @@ def test_what_a_recipe_freezes_stays_in_a_methods_own_stage_too(run: Path, metho
     for name, key in (("discriminator", "blocks.0.bias"), ("generator", "blocks.1.bias")):
         assert torch.equal(weights[name][key], source[name].state_dict()[key])
     assert not torch.equal(weights["discriminator"]["blocks.1.bias"], source["discriminator"].state_dict()["blocks.1.bias"])
+
+
+@pytest.mark.parametrize("method", sorted(set(OURS) - {"minegan"}))
+def test_a_vae_is_adapted_and_goes_on_after_a_rung(run: Path, method: str) -> None:
+    recipe = recipe_of(run.parent, {"training.family": "vae", "adaptation.lr": 1e-3})
+    whole, stepwise = trial_of(run, recipe, method), trial_of(run, recipe, method, domain="same")
+    row = run_trial(whole, recipe, run, until=32)
+    assert (row["status"], row["images_seen"]) == ("finished", 32)
+    for until in (16, 32):
+        run_trial(stepwise, recipe, run, until=until)
+    expected, ours = weights_of(run, whole, recipe), weights_of(run, stepwise, recipe)
+    assert all(torch.equal(value, ours[stem][name]) for stem, named in expected.items() for name, value in named.items())
+    source = start_of(recipe)["generator"].state_dict()
+    assert expected["generator_ema"].keys() == source.keys()
+    assert any(not torch.equal(value, source[name]) for name, value in expected["generator_ema"].items())
+
+
+def test_minegan_is_refused_for_a_family_that_can_have_no_miner(run: Path) -> None:
+    recipe = recipe_of(run.parent, {"training.family": "vae"})
+    with pytest.raises(UserError, match=r"which the method minegan sets, .* the family is vae; .* leave minegan out"):
+        run_trial(trial_of(run, recipe, "minegan"), recipe, run, until=32)
