@@ -26,12 +26,20 @@ from training.families.vae import VaeConfig
 from training.health import HealthConfig
 from training.meta import RULES
 from training.meta.config import MetaConfig
+from training.methods.adam import AdamConfig
+from training.methods.anchors import AnchorConfig
+from training.methods.bsa import BsaConfig
 from training.methods.bss import BssConfig
+from training.methods.cdc import CdcConfig
 from training.methods.distill import DistillConfig
 from training.methods.ewc import EwcConfig
 from training.methods.freezeg import FreezegConfig
+from training.methods.fsgan import FsganConfig
 from training.methods.l2sp import L2spConfig
+from training.methods.lora import LoraConfig
+from training.methods.minegan import MineganConfig
 from training.methods.projected import ProjectedConfig
+from training.methods.rssa import RssaConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.objectives import OBJECTIVES, ObjectiveConfig
 from training.objectives.packing import check_packing
@@ -184,6 +192,9 @@ class TrainingConfig(Config):
             raise ValueError(f"objective.pack makes packs for a discriminator, which the family {self.family} has none of; "
                              "leave it out")
         check_judged("training.augmentation", self.augmentation, self.family)
+        if self.generator.miner_layers and self.family != "gan":
+            raise ValueError("generator.miner_layers, which the method minegan sets, puts a miner before a GAN's generator, "
+                             f"and the family is {self.family}; set it to 0, or leave minegan out of fanout.methods")
         return self
 
     @model_validator(mode="after")
@@ -222,6 +233,14 @@ class AdaptationConfig(Config):
     distill: DistillConfig = DistillConfig()
     projected: ProjectedConfig = ProjectedConfig()
     ema_halflife_images: float = Field(160.0, gt=0, description="half-life of the generator's moving average, in images")
+    adam: AdamConfig = AdamConfig()
+    anchors: AnchorConfig = AnchorConfig()
+    bsa: BsaConfig = BsaConfig()
+    cdc: CdcConfig = CdcConfig()
+    fsgan: FsganConfig = FsganConfig()
+    lora: LoraConfig = LoraConfig()
+    minegan: MineganConfig = MineganConfig()
+    rssa: RssaConfig = RssaConfig()
 
     _schedules = field_validator("lr", "r1", "r2")(check_schedule)
 

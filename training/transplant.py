@@ -1,7 +1,7 @@
 """Weights into a network that is not quite the one they come from: other classes, none, or some where there were none.
 
-Only tensors that have a row for each class may differ; everything else is strict unless the caller says otherwise. What
-happened to each tensor is reported, so that no half-loaded network passes for a loaded one.
+Only tensors that have a row for each class may differ, and a miner may be new; everything else is strict unless the caller says
+otherwise. What happened to each tensor is reported, so that no half-loaded network passes for a loaded one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from data_shards.errors import UserError
 
 CLASS_TABLE = "class_embedding"
 """In the name of every tensor that has a row per class."""
+MINER = "miner."
+"""Beginning of the names of a miner's tensors, which starts as the identity where the source has none."""
 POWER_ITERATION = ("._u", "._v")
 """Ends of the names of spectral normalisation's vectors, which for another table start anew."""
 
@@ -75,7 +77,7 @@ def transplant(network: nn.Module, weights: Mapping[str, Tensor], *, what: str, 
         elif name in own and name in weights and own[name].shape == weights[name].shape:
             own[name].copy_(weights[name])
             loaded.append(name)
-        elif strict and not table:
+        elif strict and not table and not (name.startswith(MINER) and name not in weights):
             raise UserError(f"{what} does not fit this recipe's network: {name} is {_shape(weights, name)} there and "
                             f"{_shape(own, name)} here; use the recipe it was trained with.")
         else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
-from data_shards import batches
+from data_shards import Batch, batches
 from data_shards.files import write_json
 from training.augment import Strength, read_strength
 from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint
@@ -33,6 +33,7 @@ from training.families import FAMILIES, Phase, check_generates
 from training.freezing import freeze_matching
 from training.loop import NonFinite, Plan, State, train
 from training.methods import METHODS, Adaptation
+from training.methods.kernels import merged
 from training.metrics.copying import nearest_support
 from training.metrics.kid import kid
 from training.metrics.likeness import Pictures
@@ -99,16 +100,23 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     recipe = for_target(recipe, open_cached(trial.set_path))
     config, folder = recipe.adaptation, trial_folder(run, trial, identity)
     row = read_row(folder)
-    if row and (row["status"] == "failed" or row["images_seen"] >= until):
+    if row and (row["status"] == "failed" or (row["images_seen"] >= until and (trial.phase == "final"
+                                                                               or str(until) in row["rungs"]))):
         return row
     torch.set_num_threads(recipe.training.threads)
     started = time.monotonic()
     target = load_target(trial.set_path, config.shots, trial.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    state, phases = _begin(trial, recipe, folder, target)
+    spent_before = float(row["seconds"]) if row else 0.0
+    try:
+        state, phases = _begin(trial, recipe, folder, target)
+    except NonFinite as error:  # in what the method itself trains
+        row = empty_row(trial, identity, config) | {
+            "status": "failed", "reason": str(error), "seconds": round(spent_before + time.monotonic() - started, 2)}
+        write_json(folder / "row.json", row)
+        return row
     events = folder / "events.jsonl"
     cut_events(events, state.images)
-    spent_before = float(row["seconds"]) if row else 0.0
     log = open_run(recipe.wandb, folder=run, group=recipe.name, job_type=trial.phase, run_id=identity,
                    name=f"{trial.domain}/{trial.method}/{trial.seed}", settings={
                        "domain": trial.domain, "method": trial.method, "seed": trial.seed, **trial.hyperparameters})
@@ -133,12 +141,10 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
         if progress:
             progress(state.images, metrics)
 
-    support = batches(open_cached(trial.set_path), batch=config.batch, seed=trial.seed, images_seen=state.images, streams=1,
-                      subset=np.asarray(target.support_indices, np.int64))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
-        train(state, phases, support, _plan(trial, recipe, until), report=report)
+        train(state, phases, _support(trial, config, target, state.images), _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
     else:
@@ -206,17 +212,23 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
         write_json(folder / "start.json", {
             "schema_version": SCHEMA_VERSION, "start": trial.start, "checkpoint_sha256": trial.checkpoint_sha256,
             "networks": {name: asdict(each) for name, each in done.items()}})
+    resumed = trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None
+
+    def train_on_support(state: State, phases: Sequence[Phase], until: int, **changes: Any) -> None:
+        if config.frozen:
+            freeze_matching(state.networks, config.frozen, adaptation.source)
+        train(state, phases, _support(trial, config, target, state.images), replace(_plan(trial, recipe, until), **changes))
+
     adaptation = Adaptation(recipe, {name: copy.deepcopy(network).requires_grad_(False) for name, network in networks.items()},
                             target.support, trial.seed,
-                            family.phases(recipe.training.on_one_process(), config.augmentation))
-    method.prepare(networks, adaptation)
+                            family.phases(recipe.training.on_one_process(), config.augmentation), train_on_support, resumed)
+    images, strength = method.prepare(networks, adaptation) or 0, Strength()
     if family.fit:
         family.fit(networks["generator"], recipe.training, target.support, trial.seed)
     if config.frozen and trial.checkpoint:
         freeze_matching(networks, config.frozen, adaptation.source)
-    images, strength = 0, Strength()
     tensors: dict[str, dict[str, Tensor]] = {}
-    if trial.phase == "search" and (folder / "best").exists() and checkpoint_problem(folder / "best") is None:
+    if resumed:
         tensors, saved = load_checkpoint(folder / "best")
         images, strength = int(saved["images"]), read_strength(saved.get("augmentation"))
         for name, network in networks.items():
@@ -226,6 +238,12 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
                                  state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
     average = make_average(engines["generator"], tensors.get(AVERAGE))
     return State(engines, {"generator": average}, images=images, strength=strength), method.phases(adaptation)
+
+
+def _support(trial: Trial, config: AdaptationConfig, target: Target, images: int) -> Iterator[Batch]:
+    """The support set's batches after so many images."""
+    return batches(open_cached(trial.set_path), batch=config.batch, seed=trial.seed, images_seen=images, streams=1,
+                   subset=np.asarray(target.support_indices, np.int64))
 
 
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:
@@ -246,14 +264,9 @@ def _plain_average(state: State) -> dict[str, Tensor]:
     average = whole_average(state.averages["generator"], engine)
     if not any(parametrize.is_parametrized(module) for module in engine.module.modules()):
         return average
-    plain = copy.deepcopy(engine.module)
-    plain.load_state_dict(average)
-    for module in filter(parametrize.is_parametrized, plain.modules()):
-        parametrizations = module.parametrizations
-        assert isinstance(parametrizations, nn.ModuleDict)
-        for name in list(parametrizations):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return {name: value.detach().cpu() for name, value in plain.state_dict().items()}
+    network = copy.deepcopy(engine.module)
+    network.load_state_dict(average)
+    return {name: value.detach().cpu() for name, value in merged(network).items()}
 
 
 def _save(trial: Trial, recipe: TrainingRecipe, state: State, folder: Path) -> None:

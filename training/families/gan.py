@@ -16,6 +16,10 @@ from training.objectives import OBJECTIVES, PENALTIES
 from training.objectives.packing import pack
 from training.objectives.penalties import between, finite_difference_norms, squared_gradient_norms
 
+Judge = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""D, images (N, C, H, W), classes (N,) -> logits (N,), or (N, P) for P places of each image."""
+
+
 Codes = Callable[[Networks, Batch, str], Tensor]
 """The latents (N, latent_dim) whose images are the fakes of a phase, named by its network."""
 
@@ -24,8 +28,14 @@ def from_the_prior(networks: Networks, batch: Batch, phase: str) -> Tensor:
     return batch.latents[phase]
 
 
+def told(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """What a network makes of ``inputs``; a conditional one is told their classes."""
+    outputs: Tensor = network(inputs, labels) if _is_told(network) else network(inputs)
+    return outputs
+
+
 def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentation: AugmentConfig = NO_AUGMENTATION,
-               codes: Codes = from_the_prior) -> list[Phase]:
+               codes: Codes = from_the_prior, judge: Judge = told) -> list[Phase]:
     """Discriminator, then generator. The batch's ``weights`` hold the penalties', named as in `PENALTIES`, and "augment",
     the augmentation's probability; what has no weight is not computed.
 
@@ -35,7 +45,9 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
         exact: penalties by double backward; else by finite differences, which need single backward passes only (ZeRO 3).
         packed: images that D judges together.
         codes: of the fakes.
+        judge: how D judges; under ``exact`` only. A penalty is on the mean over the places of an image.
     """
+    assert exact or judge is told
     adversarial = OBJECTIVES[objective]
     draws = augmentation.draws()
 
@@ -47,7 +59,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
 
     def discriminator(networks: Networks, batch: Batch) -> Terms:
         with torch.set_grad_enabled(batch.through):
-            fake = _told(networks["generator"], codes(networks, batch, "discriminator"), batch.labels).float()
+            fake = told(networks["generator"], codes(networks, batch, "discriminator"), batch.labels).float()
             fake = shown(fake, batch, "discriminator fake")
             points = {"real": shown(batch.images, batch, "discriminator real"), "fake": fake}
         weights = {name: weight for name in PENALTIES if (weight := batch.weights.get(name, 0.0))}
@@ -55,7 +67,7 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
         if "between" in penalised:
             share = batch.uniforms["discriminator between"][:len(fake), 0].to(fake)
             points["between"] = between(points["real"], fake, share)
-        logits, norms = _judge(networks["discriminator"], points, batch.labels, penalised, exact=exact)
+        logits, norms = _judge(networks["discriminator"], points, batch.labels, penalised, exact=exact, judge=judge)
         loss = adversarial.discriminator(logits["real"], logits["fake"])
         terms = {"total": loss, "adversarial": loss.detach(),
                  "real_logit": logits["real"].detach().mean(), "fake_logit": logits["fake"].detach().mean()}
@@ -68,13 +80,13 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
         return terms
 
     def generator(networks: Networks, batch: Batch) -> Terms:
-        fake = _told(networks["generator"], codes(networks, batch, "generator"), batch.labels).float()
-        fake_logits = _told(networks["discriminator"], shown(fake, batch, "generator fake"), batch.labels).float()
+        fake = told(networks["generator"], codes(networks, batch, "generator"), batch.labels).float()
+        fake_logits = judge(networks["discriminator"], shown(fake, batch, "generator fake"), batch.labels).float()
         real_logits = torch.zeros_like(fake_logits)
         if adversarial.paired:
             with torch.set_grad_enabled(batch.through):
                 real = shown(batch.images, batch, "generator real")
-                real_logits = _told(networks["discriminator"], real, batch.labels).float()
+                real_logits = judge(networks["discriminator"], real, batch.labels).float()
         loss = adversarial.generator(real_logits, fake_logits)
         return {"total": loss, "adversarial": loss.detach()}
 
@@ -82,18 +94,12 @@ def gan_phases(objective: str, *, exact: bool = True, packed: int = 1, augmentat
             Phase("generator", generator, uniforms={"real": draws, "fake": draws})]
 
 
-def _told(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """What a network makes of ``inputs``; a conditional one is told their classes."""
-    outputs: Tensor = network(inputs, labels) if _is_told(network) else network(inputs)
-    return outputs
-
-
 def _is_told(network: nn.Module) -> bool:
     return bool(getattr(network, "classes", 0))
 
 
 def _judge(network: nn.Module, points: dict[str, Tensor], labels: Tensor, penalised: AbstractSet[str], *,
-           exact: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+           exact: bool, judge: Judge) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits at all points, in float32, and squared gradient norms at those that are penalised.
 
     What is not penalised is judged apart, which spares it the second backward; by finite differences all is judged together.
@@ -108,12 +114,13 @@ def _judge(network: nn.Module, points: dict[str, Tensor], labels: Tensor, penali
         if not group:
             continue
         images = torch.stack([points[point] for point in group], 1).flatten(0, 1)
-        told = labels.repeat_interleave(len(group))
+        classes = labels.repeat_interleave(len(group))
         if differentiated and not exact:
-            judged, squares = finite_difference_norms(network, images, told if _is_told(network) else None)
+            judged, squares = finite_difference_norms(network, images, classes if _is_told(network) else None)
         else:
-            judged = _told(network, images.requires_grad_() if differentiated else images, told)
-            squares = squared_gradient_norms(judged, images) if differentiated else torch.empty(0)
+            judged = judge(network, images.requires_grad_() if differentiated else images, classes)
+            one_each = judged if judged.dim() == 1 else judged.mean(1)
+            squares = squared_gradient_norms(one_each, images) if differentiated else torch.empty(0)
         logits |= dict(zip(group, judged.float().unflatten(0, (-1, len(group))).unbind(1), strict=True))
         if differentiated:
             norms |= dict(zip(group, squares.unflatten(0, (-1, len(group))).unbind(1), strict=True))

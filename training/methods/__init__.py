@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from training.methods import (
+    adam,
+    bsa,
     bss,
+    cdc,
     density,
     distill,
     ewc,
@@ -11,10 +14,14 @@ from training.methods import (
     fomaml,
     freezed,
     freezeg,
+    fsgan,
     l2sp,
+    lora,
     maml,
+    minegan,
     projected,
     reptile,
+    rssa,
     scratch,
     structure,
 )
@@ -37,4 +44,11 @@ METHODS: dict[str, Method] = {
     "distill": distill.METHOD,
     "projected": projected.METHOD,
     "structure": structure.METHOD,
+    "bsa": bsa.METHOD,
+    "fsgan": fsgan.METHOD,
+    "lora": lora.METHOD,
+    "adam": adam.METHOD,
+    "minegan": minegan.METHOD,
+    "cdc": cdc.METHOD,
+    "rssa": rssa.METHOD,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -12,10 +12,21 @@ from data_shards.errors import UserError
 from training.families import Batch, Networks, Phase, Terms
 
 if TYPE_CHECKING:
+    from training.loop import State
     from training.recipe import TrainingRecipe
 
 Extra = Callable[[Networks, Batch], Tensor]
 """A term of a loss: a mean over the images given, so that the mean over micro-batches is that of the batch."""
+
+
+class Train(Protocol):
+    """Trains a state from its images on to ``until``, by the trial's plan with ``changes``, on the support set."""
+
+    def __call__(self, state: State, phases: Sequence[Phase], until: int, **changes: Any) -> None: ...
+
+
+def _no_training(state: State, phases: Sequence[Phase], until: int, **changes: Any) -> None:
+    raise AssertionError("this adaptation has no support set to train on")
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class Adaptation:
     support: Tensor  # uint8 (shots, C, H, W)
     seed: int
     phases: Sequence[Phase]  # the family's own
+    train: Train = _no_training
+    resumed: bool = False  # whether what `prepare` makes of the networks gets the weights of a trial that goes on
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,8 @@ class Method:
         rule: of meta-learning, by whose weights it begins where ``start`` is "meta".
         prepare: changes the networks before their engines are made: freezes weights, gives them another parameterisation
             (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more, or puts another network in the
-            place of one that only helps to train.
+            place of one that only helps to train. It may train, and then returns the images that it has seen
+            (`stage.train_stage`): they are the first of the trial's budget.
         phases: what a step runs, made of the family's own.
         settings: recipe values, by dotted key, that the method comes with.
         derived: likewise, as they follow from the recipe.
@@ -48,7 +62,7 @@ class Method:
     """
 
     start: Literal["scratch", "pretrain", "meta"]
-    prepare: Callable[[dict[str, nn.Module], Adaptation], None] = lambda networks, adaptation: None
+    prepare: Callable[[dict[str, nn.Module], Adaptation], int | None] = lambda networks, adaptation: None
     phases: Callable[[Adaptation], Sequence[Phase]] = lambda adaptation: adaptation.phases
     settings: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[TrainingRecipe], Mapping[str, Any]] = lambda recipe: {}

@@ -16,6 +16,7 @@ from data_shards.errors import UserError
 from training.models.config import DiscriminatorConfig, GeneratorConfig
 from training.models.dcgan import make_dcgan
 from training.models.layers import Shape, with_options
+from training.models.miner import with_miner
 from training.models.mlp import make_mlp
 from training.models.r3gan import make_r3gan
 from training.models.resnet import make_resnet
@@ -46,4 +47,5 @@ def make_gan(generator: GeneratorConfig, discriminator: DiscriminatorConfig, sha
         raise UserError(f"packs of {packed} images and training.generator.classes = {generator.classes} exclude each other: a "
                         "pack would have several classes, and D's projection takes one; use one of the two.")
     networks = MODELS[generator.model](generator, discriminator, shape, packed)
-    return networks | {"discriminator": with_options(networks["discriminator"], discriminator)}
+    return {"generator": with_miner(networks["generator"], generator.miner_layers),
+            "discriminator": with_options(networks["discriminator"], discriminator)}

@@ -33,6 +33,8 @@ class GeneratorConfig(OptimizerConfig):
     channels: int = Field(64, ge=4, description="channels at full resolution, where deeper layers double it; the mlp's units")
     growth: int = Field(8, ge=1, description="deeper layers have at most so many times `channels`")
     latent_dim: int = Field(128, ge=1, description="size of the latent z ~ N(0, I)")
+    miner_layers: int = Field(0, ge=0, description="layers of a miner, a small network on z before a GAN's generator "
+                                                   "(MineGAN); 0: none")
     classes: int = Field(0, ge=0, description="classes that generator and discriminator are told; 0: unconditional")
     mlp: MlpConfig = MlpConfig()
     r3gan: R3ganConfig = R3ganConfig()
