@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from training.config import Config
 from training.draws import generator as draw
 from training.families import Networks
-from training.methods.kernels import as_rows, as_weight, check_plain, freeze, is_transposed, layers_of, merged, weight_of
+from training.methods.kernels import as_rows, as_weight, check_layers, freeze, is_transposed, layers_of, merged, weight_of
 from training.methods.method import Adaptation, Method
 from training.methods.stage import squared_gradients, train_stage, whole_batches
 
@@ -105,9 +105,9 @@ def probe_and_modulate(networks: Networks, adaptation: Adaptation) -> int:
     """Modulate the kernels that probing finds important.
 
     Raises:
-        UserError: for a network with spectral normalisation.
+        UserError: as `check_layers`.
     """
-    check_plain(networks, "adam")
+    check_layers(networks, "adam")
     config = adaptation.recipe.adaptation.adam
     if adaptation.resumed:  # which kernels they are is read with the weights
         important, images = _each_kernel(networks, False), 0

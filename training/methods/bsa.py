@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from training.config import Config
 from training.families import Networks
-from training.methods.kernels import as_rows, as_weight, check_plain, is_transposed, layers_of, weight_of
+from training.methods.kernels import as_rows, as_weight, check_layers, is_transposed, layers_of, weight_of
 from training.methods.method import Adaptation, Method
 from training.models.layers import Film
 from training.models.style import ModulatedConv
@@ -42,9 +42,13 @@ class Scaled(nn.Module):
 
 
 def scale_and_shift(networks: Networks, adaptation: Adaptation) -> None:
-    """Leave only scales and shifts of G's channels to train."""
+    """Leave only scales and shifts of G's channels to train.
+
+    Raises:
+        UserError: as `check_layers`.
+    """
     generator = networks["generator"]
-    check_plain({"generator": generator}, "bsa")
+    check_layers({"generator": generator}, "bsa")
     generator.requires_grad_(False)
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div, log_softmax, normalize
 from training.config import Config
 from training.families import Batch, Networks, Phase
 from training.methods.anchors import add_patch_head, anchored_phases, check_groups
-from training.methods.features import grouped, target_and_source
+from training.methods.features import check_blocks, grouped, target_and_source
 from training.methods.method import Adaptation, Method, with_term
 
 
@@ -48,8 +48,9 @@ def prepare(networks: Networks, adaptation: Adaptation) -> None:
     """Add the patch head.
 
     Raises:
-        UserError: as `add_patch_head`, and for a batch that does not fall into groups.
+        UserError: as `add_patch_head`, for a batch that does not fall into groups, and for a generator without blocks.
     """
+    check_blocks(networks["generator"], adaptation, "cdc")
     check_groups("adaptation.cdc.group", adaptation.recipe.adaptation.cdc.group, adaptation, "cdc")
     add_patch_head(networks, adaptation, "cdc")
 

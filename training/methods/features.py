@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from data_shards.errors import UserError
 from training.families import Batch, Networks
+from training.methods.method import Adaptation
 
 
 @contextmanager
@@ -29,6 +31,17 @@ def blocks_of(generator: nn.Module) -> nn.ModuleList:
     blocks = getattr(generator, "decoder", generator).blocks
     assert isinstance(blocks, nn.ModuleList)
     return blocks
+
+
+def check_blocks(generator: nn.Module, adaptation: Adaptation, method: str) -> None:
+    """Refuse a generator without blocks.
+
+    Raises:
+        UserError: naming the family.
+    """
+    if not isinstance(getattr(getattr(generator, "decoder", generator), "blocks", None), nn.ModuleList):
+        raise UserError(f"the method {method} compares what a generator's blocks make, which the family "
+                        f"{adaptation.recipe.training.family} has none of; leave it out of fanout.methods.")
 
 
 def block_outputs(generator: nn.Module, z: Tensor, labels: Tensor | None) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from training.config import Config
 from training.families import Networks
-from training.methods.kernels import as_rows, as_weight, check_plain, freeze, is_transposed, layers_of, weight_of
+from training.methods.kernels import as_rows, as_weight, check_layers, freeze, is_transposed, layers_of, weight_of
 from training.methods.method import Adaptation, Method
 
 
@@ -40,9 +40,9 @@ def train_singular_values(networks: Networks, adaptation: Adaptation) -> None:
     """Leave only the singular values of all layers to train.
 
     Raises:
-        UserError: for a discriminator with spectral normalisation, which holds its largest singular value at 1.
+        UserError: as `check_layers`: spectral normalisation, for one, holds a largest singular value at 1.
     """
-    check_plain(networks, "fsgan")
+    check_layers(networks, "fsgan")
     freeze(networks)
     for network in networks.values():
         for layer in layers_of(network).values():

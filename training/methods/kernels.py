@@ -40,16 +40,19 @@ def as_weight(rows: Tensor, like: Tensor, transposed: bool) -> Tensor:
     return rows.reshape(like.shape)
 
 
-def check_plain(networks: Networks, method: str) -> None:
-    """Refuse networks whose weights have a parameterisation already.
+def check_layers(networks: Networks, method: str) -> None:
+    """Refuse networks whose layers a method that parametrizes them cannot serve.
 
     Raises:
-        UserError: naming the network.
+        UserError: for weights that have a parameterisation already, and for a network of other layers than these.
     """
     for name, network in networks.items():
         if any(parametrize.is_parametrized(module) for module in network.modules()):
             raise UserError(f"the method {method} gives the {name}'s weights a parameterisation, and training.{name}."
                             "spectral_norm has given them another; switch it off, or leave the method out of fanout.methods.")
+        if not layers_of(network) or any(isinstance(module, nn.RNNBase) for module in network.modules()):
+            raise UserError(f"the method {method} works on convolutions and linear layers, and the {name} of this family is "
+                            "not made of them; leave it out of fanout.methods.")
 
 
 def merged(network: nn.Module) -> dict[str, Tensor]:

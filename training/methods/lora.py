@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from training.config import Config
 from training.draws import generator as draw
 from training.families import Networks
-from training.methods.kernels import as_rows, as_weight, check_plain, is_transposed, layers_of, weight_of
+from training.methods.kernels import as_rows, as_weight, check_layers, is_transposed, layers_of, weight_of
 from training.methods.method import Adaptation, Method
 
 
@@ -36,9 +36,13 @@ class LowRank(nn.Module):
 
 
 def add_adapters(networks: Networks, adaptation: Adaptation) -> None:
-    """Leave only low-rank changes of G's layers to train."""
+    """Leave only low-rank changes of G's layers to train.
+
+    Raises:
+        UserError: as `check_layers`.
+    """
     generator, config = networks["generator"], adaptation.recipe.adaptation.lora
-    check_plain({"generator": generator}, "lora")
+    check_layers({"generator": generator}, "lora")
     generator.requires_grad_(False)
     for name, layer in layers_of(generator).items():
         adapter = LowRank(weight_of(layer), config.rank, config.scale, is_transposed(layer),

@@ -24,7 +24,7 @@ from data_shards.errors import UserError
 from training.config import Config
 from training.families import Batch, Networks, Phase
 from training.methods.anchors import add_patch_head, anchored_phases, check_groups
-from training.methods.features import block_outputs, grouped, target_and_source
+from training.methods.features import block_outputs, check_blocks, grouped, target_and_source
 from training.methods.method import Adaptation, Method, with_term
 
 PLACES = 16
@@ -76,8 +76,9 @@ def prepare(networks: Networks, adaptation: Adaptation) -> None:
     """Add the patch head.
 
     Raises:
-        UserError: as `add_patch_head`, for a batch that does not fall into groups, and for a generator without places.
+        UserError: as `add_patch_head`, for a batch that does not fall into groups, and a generator without blocks or places.
     """
+    check_blocks(networks["generator"], adaptation, "rssa")
     check_groups("adaptation.rssa.group", adaptation.recipe.adaptation.rssa.group, adaptation, "rssa")
     generator = networks["generator"]
     _check_places(generator, adaptation)

@@ -12,7 +12,8 @@ from data_shards import UserError
 from tests.training.methods.start import SMALL, adaptation_of, batch_of, recipe_of, start_of, trial_of, weights_of
 from tests.training.models.make import latents
 from training.checkpoint import load_checkpoint
-from training.methods import METHODS
+from training.methods import METHODS, Adaptation
+from training.networks import make_networks
 from training.trial import AVERAGE, run_trial
 
 FROZEN = ("bsa", "fsgan", "lora")
@@ -127,6 +128,16 @@ def test_a_vae_is_adapted_and_goes_on_after_a_rung(run: Path, method: str) -> No
     source = start_of(recipe)["generator"].state_dict()
     assert expected["generator_ema"].keys() == source.keys()
     assert any(not torch.equal(value, source[name]) for name, value in expected["generator_ema"].items())
+
+
+@pytest.mark.parametrize("method", [*FROZEN, "adam", "cdc", "rssa"])
+@pytest.mark.parametrize("family", ["sequence", "density"])
+def test_a_family_of_other_layers_is_refused(run: Path, family: str, method: str) -> None:
+    recipe = recipe_of(run.parent, {"training.family": family})
+    networks = make_networks(recipe.training, (3, 1, 16), 0)
+    adaptation = Adaptation(recipe, networks, torch.zeros(4, 3, 1, 16, dtype=torch.uint8), 1, [])
+    with pytest.raises(UserError, match=rf"the method {method} (works|compares) .*; leave it out of fanout\.methods\."):
+        METHODS[method].prepare(networks, adaptation)
 
 
 def test_minegan_is_refused_for_a_family_that_can_have_no_miner(run: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from data_shards import UserError
 from tests.training.methods.start import recipe_of, start_of
 from tests.training.models.make import latents
-from training.methods.kernels import as_rows, as_weight, check_plain, is_transposed, layers_of, merged, weight_of
+from training.methods.kernels import as_rows, as_weight, check_layers, is_transposed, layers_of, merged, weight_of
 from training.models.style import ModulatedConv
 
 LAYERS = [(nn.Conv2d(3, 5, 3), (3, 6, 6)), (nn.Conv2d(4, 6, 3, groups=2), (4, 6, 6)),
@@ -55,4 +55,4 @@ def test_merging_keeps_the_function_and_the_names(tmp_path_factory: pytest.TempP
 def test_weights_that_have_a_parameterisation_are_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     recipe = recipe_of(tmp_path_factory.mktemp("root"), {"training.discriminator.spectral_norm": True})
     with pytest.raises(UserError, match=r"the method fsgan .* discriminator's weights .* switch it off"):
-        check_plain(start_of(recipe), "fsgan")
+        check_layers(start_of(recipe), "fsgan")
