@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(name="graft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Pretrain one GAN, adapt it to many small domains in parallel, and say which way worked.",
+                  help="Pretrain one generative model, adapt it to many small domains in parallel, and say which way worked.",
                   epilog="Example: graft run recipes/smoke.yaml")
 jobs = typer.Typer(no_args_is_help=True, help="Jobs that were sent to a Ray cluster.",
                    epilog="Example: graft jobs list --address http://head:8265")
