@@ -45,6 +45,14 @@ class Heartbeats:
         self.group = ""  # an attempt's address
         self.size = 0
         self.beats: dict[int, Beat] = {}
+        self.refusal = ""
+
+    def refuse(self, sentence: str) -> None:
+        """A worker's refusal of the recipe: another start would not help, and the driver says why."""
+        self.refusal = sentence
+
+    def refused(self) -> str:
+        return self.refusal
 
     def join(self, group: str, rank: int, size: int, where: str, actor: Any) -> None:
         if group != self.group:

@@ -27,6 +27,7 @@ from cluster.progress import Show, console, progress
 from cluster.recipe import Recipe
 from cluster.session import listens
 from data_shards import ShardSet
+from data_shards.errors import UserError
 from training.checkpoint import latest_valid
 from training.cost import cost_line
 from training.events import append_event, read_events
@@ -44,17 +45,24 @@ RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray's own name, in its o
 
 def worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs; each attempt resumes from the run's newest good checkpoint."""
+    import ray
+
     from data_shards import open_set
     from training.pretrain import pretrain
     from training.world import current_world
 
     logging.getLogger("graft").setLevel(logging.WARNING)
     recipe, run, world = Recipe.model_validate(config["recipe"]), Path(config["run"]), current_world()
+    if ray.get(config["heartbeats"].refused.remote()):
+        return  # a new start would be refused as well; the driver says why
     try:
         with beating(config["heartbeats"], world.rank, world.size) as step:
             pretrain(recipe, open_set(config["source"]), run, world, step=step)
     except Unhealthy:
         return  # the driver knows, and Ray would try again
+    except UserError as error:
+        ray.get(config["heartbeats"].refuse.remote(str(error)))
+        raise  # so that ranks which still wait for this one end too
     except Stopped:
         folder = run / "pretrain"
         if (folder / STOP_FILE).exists():
@@ -71,6 +79,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     Raises:
         Stopped: when SIGTERM asked for it; the workers have written a checkpoint.
         Unhealthy: when an alarm ended it (``training.health.action``).
+        UserError: when the workers refused the recipe.
         JobFailed: with the worker's own error, after the recipe's retries; when the workers found no place; when the
             cluster's head was lost.
     """
@@ -107,6 +116,8 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     try:
         with sigterm_asks(folder) as asked, scored_meanwhile(recipe, run):
             trainer.fit()
+            if refused := ray.get(heartbeats.refused.remote()):
+                raise UserError(refused)
             newest = latest_valid(folder)
             if asked() and newest and finished_pretraining(recipe, source, folder) is None:
                 raise Stopped(int(newest.name.removeprefix("step-")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -267,11 +267,23 @@ def _report(recipe: Recipe, out: Path, board: Board | None) -> None:
     if board:
         leaderboard = build_leaderboard(recipe, out, board.plan_rows(), stage_seconds(out))
         console.print(leaderboard_text(leaderboard, console.width if console.is_terminal else 120))
+        for sentence in failures(leaderboard["rows"]):
+            console.print(sentence, markup=False)
         columns = ["domain", "method", "kid_mean", "gain_over_scratch", "verdict", "copy_rate_mean", "disqualified", "seeds"]
         with open_run(recipe.wandb, folder=out, group=recipe.name, job_type="report", run_id=f"report-{out.name}",
                       name="leaderboard", settings=recipe.model_dump(mode="json")) as log:
             log.log_table("leaderboard", columns, [[v[c] for c in columns] for v in leaderboard["verdicts"]])
     console.print(f"page      {build_report(out)}")
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each domain and method with trials that failed, and why the first one did: they have no row in the table."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] == "failed":
+            found.setdefault((row["domain"], row["method"]), []).append(row["reason"])
+    return [f"failed    {domain} {method}, {len(reasons)} trial{'s' * (len(reasons) > 1)}: {reasons[0]}"
+            for (domain, method), reasons in found.items()]
 
 
 def stage_seconds(out: Path) -> dict[str, float]:

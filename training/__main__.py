@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
+from torch.distributed import DistNetworkError
+
 from data_shards import UserError, open_set
 from data_shards.errors import Failure
-from training.checkpoint import NotWritten
+from training.checkpoint import NotWritten, images_of, latest_valid
 from training.config import parse_overrides
 from training.cost import cost_line
 from training.events import read_events
@@ -49,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
             if isinstance(folder, Path):
                 _ready(folder)
+            if newest := latest_valid(folder):
+                print(f"goes on from {images_of(newest)} images")
         checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -59,11 +64,23 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(failure, Stopped | NonFinite | NotWritten | Unhealthy):  # on all ranks alike
             leave_world(world)
         return 1
+    except RuntimeError as error:
+        if world.size == 1 or not lost_peer(error):
+            raise
+        print(f"another rank was lost; the same command goes on from the last checkpoint in {folder}", file=sys.stderr,
+              flush=True)
+        os._exit(1)  # what is left of the group cannot be left in order
     if world.rank == 0:
         print(cost_line(read_events(inside(folder, "events.jsonl")), recipe.training.batch))
         print(f"checkpoint: {checkpoint}")
     leave_world(world)
     return 0
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    said = str(error)
+    return isinstance(error, DistNetworkError) or "Connection closed by peer" in said or "Connection reset by peer" in said
 
 
 def _ready(folder: Path) -> None:

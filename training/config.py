@@ -157,7 +157,7 @@ def _explain(model: type[Config], error: Any) -> str:
     if message.split()[0][1:].islower():  # R1 and ZeRO stay as they are
         message = message[0].lower() + message[1:]
     value = "" if isinstance(error["input"], dict | Config) else f" = {error['input']!r}"  # a whole section says nothing
-    return f"{dotted}{value} is refused: {message}."
+    return f"{dotted or 'the recipe'}{value} is refused: {message}."
 
 
 def field_paths(model: type[Config], prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@ are removed, and the run begins again from what is then the newest."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from training.checkpoint import checkpoint_problem, images_of, read_state, remove_checkpoint, steps
@@ -10,6 +11,8 @@ from training.events import append_event, cut_events, read_events
 from training.folders import Folder, inside
 from training.health import Alarm, Event, HealthConfig, Unhealthy
 from training.world import World, from_rank_0
+
+logger = logging.getLogger("graft")
 
 
 def roll_back(folder: Folder, alarm: Alarm, config: HealthConfig, world: World) -> None:
@@ -20,6 +23,9 @@ def roll_back(folder: Folder, alarm: Alarm, config: HealthConfig, world: World) 
         Unhealthy: when there is no such checkpoint.
     """
     target = from_rank_0(lambda: _go_back(folder, alarm, config), world)
+    if target is not None and world.rank == 0:
+        logger.warning("rolled back to %d images; learning rates times %g (training.health.rollback_lr).", target,
+                       config.rollback_lr)
     if target is None:
         raise Unhealthy(f"stopped: {alarm}. No checkpoint is from before it, so there is nothing to go back to; lower the "
                         "learning rates or raise r1 and r2, or go on with --set training.health.action=warn.")

@@ -94,7 +94,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
         The row of `leaderboard.json` (DESIGN part 5), with "selection_kid", "phase" and "hyperparameters" beside.
     """
     identity = trial_id(trial, recipe)
-    recipe = resolve(type(recipe), apply_overrides(recipe.model_dump(mode="json"), {
+    # Without the sections of packages above: what they say is of the whole run, not of a method's own family.
+    recipe = resolve(TrainingRecipe, apply_overrides(recipe.model_dump(mode="json"), {
         **METHODS[trial.method].settings, **METHODS[trial.method].derived(recipe), **trial.hyperparameters}), where="trial")
     check_generates(recipe.training, "the trial's recipe is")
     recipe = for_target(recipe, open_cached(trial.set_path))

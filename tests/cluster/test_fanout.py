@@ -6,16 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.fanout import Board
 from cluster.leaderboard import build_leaderboard, contract_of
 from cluster.recipe import Recipe
-from data_shards import UserError
+from cluster.run import failures
+from data_shards import UserError, load_images, open_set
 from data_shards.files import write_json
 from tests.toy import toy_set, toy_tree
 from training.events import append_event, read_events
-from training.trial import empty_row, trial_folder
+from training.metrics.encoder import save_encoder, train_encoder
+from training.trial import Trial, empty_row, run_trial, trial_folder
 from tune_spaces.plan import Job, Start, races
 
 
@@ -123,3 +126,29 @@ def test_unlike_contracts_are_refused() -> None:
     rows = [{"domain": "d", "contract": {**shared, "net_hash": letter}} for letter in "ab"]
     with pytest.raises(UserError, match="net_hash"):
         contract_of(rows)
+
+
+def test_what_failed_is_said_since_the_table_does_not_show_it() -> None:
+    rows = [{"domain": "sun", "method": method, "status": status, "reason": reason} for method, status, reason in (
+        ("scratch", "finished", ""), ("ewc", "failed", "no discriminator"), ("ewc", "failed", "likewise"),
+        ("cdc", "failed", "no images"))]
+    assert failures(rows) == ["failed    sun ewc, 2 trials: no discriminator", "failed    sun cdc, 1 trial: no images"]
+
+
+def test_a_method_of_its_own_family_stands_beside_those_that_have_a_start(tmp_path: Path) -> None:
+    """A run's list of methods is checked against the run's family, not against that of one method."""
+    toy_set(tmp_path / "source")
+    toy_set(tmp_path / "near", train=24, reference=24)
+    recipe = Recipe.model_validate(toy_tree(tmp_path) | {
+        "evaluation": {"net": str(_toy_net(tmp_path)), "samples": 16},
+        "fanout": {"targets": [{"set": "near"}], "methods": ["scratch", "finetune", "density"]}})
+    trial = Trial("near", str(tmp_path / "near"), "density", 1, "final", "scratch", None, None)
+    row = run_trial(trial, recipe, tmp_path / "run", until=32)
+    assert (row["status"], row["images_seen"]) == ("finished", 32)
+
+
+def _toy_net(root: Path) -> Path:
+    images, labels = load_images(open_set(root / "source"), np.arange(32))
+    path = root / "net.safetensors"
+    save_encoder(train_encoder(images, labels, classes=2, seed=0, images_budget=64, threads=1), path)
+    return path

@@ -66,3 +66,15 @@ def test_an_interrupt_is_said(tmp_path: Path) -> None:
     assert log.read_text().endswith("graft: interrupted; the same command goes on from where it was\n")
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_the_workers_refuse_is_one_sentence(tmp_path: Path) -> None:
+    """A metric that the run has not is known at the first report only; new starts would not find it either."""
+    toy_set(tmp_path / "source")
+    tree = toy_tree(tmp_path, keep_best="kidd") | {"cluster": {"workers": 2}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(tree))
+    done = subprocess.run([sys.executable, "-m", "cluster", "pretrain", "toy.yaml", "--out", "run"], cwd=tmp_path, timeout=200,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PROJECT)}, check=False)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert done.stderr.strip().splitlines()[-1].startswith("graft: training.keep_best = 'kidd' is not a metric of this run")
+    assert "goes on" not in done.stderr.strip().splitlines()[-1]

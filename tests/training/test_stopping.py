@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -64,6 +65,28 @@ def test_sigterm_ends_in_a_checkpoint_and_the_resumed_run_is_bit_equal(tmp_path:
 @contextmanager
 def asked_at_once(_folder: Path) -> Iterator[StopAsked]:
     yield lambda: True
+
+
+
+def test_a_rank_lost_under_torchrun_is_one_sentence(tmp_path: Path) -> None:
+    toy_set(tmp_path / "source")
+    recipe, run = tmp_path / "toy.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(toy_tree(tmp_path, images=10**6, report_every_images=BATCH, snapshot_every_images=10**6)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training",
+               str(recipe), "--out", str(run)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 120
+    while len(read_events(run / "pretrain" / "events.jsonl")) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = [one for one in psutil.Process(process.pid).children() if "training" in one.cmdline()]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert f"another rank was lost; the same command goes on from the last checkpoint in {run / 'pretrain'}" in text
+    assert "gloo" not in text
 
 
 def stopped_ranks(world: World, root: str) -> int:

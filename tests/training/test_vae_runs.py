@@ -163,7 +163,7 @@ def test_a_trial_has_the_divergence_s_weight_after_the_warm_up(run: Path, recipe
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"training.family": "vea"}, "known: gan, vae, autoencoder, vaegan"),
+    ({"training.family": "vea"}, "known: gan, cyclegan, vae, autoencoder, vaegan"),
     ({"training.generator.model": "r3gan"}, r"there is no such model; known: mlp, dcgan \(generator.model, family vae\)"),
     ({"training.vae.reconstruction": "mse"}, "there is no such likelihood; known: bernoulli, gaussian, l1"),
     ({"training.vae.bound": "iwae"}, "there is no such bound; known: elbo, importance"),
