@@ -51,8 +51,9 @@ bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make benc
 scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
 	$(BIN)/python -m benchmarks.scale
 
-science: $(STAMP)  ## published results reproduced in their long form: mixtures in the plane
+science: $(STAMP)  ## published results reproduced in their long form: mixtures in the plane, Stacked MNIST
 	$(BIN)/python -m benchmarks.science.mixtures
+	$(BIN)/python -m benchmarks.science.stacked_mnist
 
 chaos: $(STAMP)  ## kill a pretraining a hundred times, and a whole run twice, and compare with runs that were not killed
 	$(BIN)/python -m benchmarks.chaos
