@@ -51,8 +51,9 @@ bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make benc
 scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
 	$(BIN)/python -m benchmarks.scale
 
-science: $(STAMP)  ## published results reproduced in their long form: mixtures in the plane, likelihoods of a VAE, digits translated
+science: $(STAMP)  ## published results in their long form: mixtures, Stacked MNIST, likelihoods of a VAE, digits translated
 	$(BIN)/python -m benchmarks.science.mixtures
+	$(BIN)/python -m benchmarks.science.stacked_mnist
 	$(BIN)/python -m benchmarks.science.vae
 	$(BIN)/python -m benchmarks.science.translation
 

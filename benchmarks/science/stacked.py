@@ -13,11 +13,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu, relu
+from torch.nn.functional import relu
 
 from training.draws import generator
-
-SLOPE = 0.2
 
 
 def _weights(seeds: Sequence[int], purpose: str, inside: int, outside: int, std: float) -> nn.Parameter:
@@ -34,10 +32,10 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, exact: bool) -> Tensor:
 
 
 class Generator(nn.Module):
-    """z (copies, N, 2) -> points (copies, N, 2): four hidden layers of ``hidden`` units.
+    """z (copies, N, 2) -> points (copies, N, 2): four hidden layers of ``hidden`` rectified units.
 
     ``batch_norm``: PacGAN's own: batch normalisation over each copy's N, no biases, N(0, 0.02^2) weights. Without it: He's
-    initialisation, a leaky ReLU, and biases that are drawn too, so that the kinks do not all meet in the origin.
+    initialisation, and biases that are drawn too, so that the kinks do not all meet in the origin.
     """
 
     def __init__(self, seeds: Sequence[int], *, hidden: int = 400, batch_norm: bool = False) -> None:
@@ -47,7 +45,7 @@ class Generator(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         self.shifts, self.scales = nn.ParameterList(), nn.ParameterList()
         for i, (inside, outside) in enumerate(itertools.pairwise(widths)):
-            std = 0.02 if batch_norm else math.sqrt(2 / (1 + SLOPE**2) / inside)
+            std = 0.02 if batch_norm else math.sqrt(2 / inside)
             self.weights.append(_weights(seeds, f"generator {i}", inside, outside, std))
             spread = 0.0 if batch_norm or outside == 2 else 0.5
             self.biases.append(_weights(seeds, f"generator bias {i}", 1, outside, spread))
@@ -64,7 +62,7 @@ class Generator(nn.Module):
                 variance, mean = torch.var_mean(x.float(), dim=1, keepdim=True, correction=0)
                 x = relu((x - mean) * ((variance + 1e-4).rsqrt() * self.scales[i]) + self.shifts[i])
             else:
-                x = leaky_relu(x, SLOPE)
+                x = relu(x)
         return _affine(x, self.weights[-1], self.biases[-1], exact=True)
 
 
