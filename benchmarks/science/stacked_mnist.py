@@ -5,7 +5,8 @@
 A picture is three random digits of MNIST's training file, one in each colour channel, so that there are 1000 equal modes. graft
 packs 128,000 of them and pretrains on the set: its DCGAN shape without batch statistics, 28 px. 26,000 samples of the averaged
 generator are judged by a digit classifier trained here, channel by channel; every sample counts. "real": stacks of test digits.
-A run that was killed goes on. About 20 minutes a row on one core that computes bf16 itself.
+A picture that shows no digit is counted as some digit all the same, so look at OUT/ROW/pretrain/samples.png too. A run that was
+killed goes on. About 15 minutes for each row on one core that computes bf16 itself.
 """
 
 from __future__ import annotations
