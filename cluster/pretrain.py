@@ -36,6 +36,7 @@ from training.health import Unhealthy, act, make_watch, story
 from training.pretrain import finished_pretraining
 from training.source import set_place
 from training.stopping import RESIZE_FILE, STOP_FILE, Stopped, sigterm_asks
+from training.world import lost_peer
 
 POLL_S = 1.0
 LOST = ("pretraining stopped: the head of the Ray cluster is lost; once one is up, the same command goes on from the last "
@@ -229,7 +230,7 @@ def _cause(failures: Mapping[int, Exception]) -> str:
     lost = sorted(rank for rank, error in failures.items() if isinstance(error, WorkerHealthCheckFailedError))
     if lost:
         return f"rank {', '.join(map(str, lost))} was lost (the process or its node died)"
-    own = [error for error in failures.values() if "Connection closed by peer" not in str(error)]
+    own = [error for error in failures.values() if not lost_peer(error)]
     return _last_line((own or list(failures.values()))[0]).rstrip(".")
 
 

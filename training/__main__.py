@@ -8,11 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from torch.distributed import DistNetworkError
-
 from data_shards import UserError, open_set
 from data_shards.errors import Failure
-from training.checkpoint import NotWritten, images_of, latest_valid
+from training.checkpoint import NotWritten
 from training.config import parse_overrides
 from training.cost import cost_line
 from training.events import read_events
@@ -24,7 +22,7 @@ from training.pretrain import Progress, finished_pretraining, pretrain
 from training.recipe import TrainingConfig, TrainingRecipe, per_worker_batch, read_recipe
 from training.source import set_place
 from training.stopping import STOP_FILE, Stopped
-from training.world import current_world, from_rank_0, join_world, leave_world
+from training.world import current_world, from_rank_0, join_world, leave_world, lost_peer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", help="the run's folder, or its URL in an object store (default runs/<recipe name>)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
+    logging.getLogger("graft").setLevel(logging.INFO)
     try:
         recipe = read_recipe(TrainingRecipe, options.recipe, parse_overrides(options.set))
         source = open_set(set_place(recipe.data, recipe.data.source))
@@ -52,8 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{world.size} workers x {each} images = global batch {recipe.training.batch}")
             if isinstance(folder, Path):
                 _ready(folder)
-            if newest := latest_valid(folder):
-                print(f"goes on from {images_of(newest)} images")
         checkpoint = pretrain(recipe, source, run, world, progress_line(recipe.training))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,12 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"checkpoint: {checkpoint}")
     leave_world(world)
     return 0
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because the process at its other end is gone."""
-    said = str(error)
-    return isinstance(error, DistNetworkError) or "Connection closed by peer" in said or "Connection reset by peer" in said
 
 
 def _ready(folder: Path) -> None:

@@ -171,6 +171,8 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
                   strength=read_strength(saved.get("augmentation")), **report_begun(saved, world))
 
     lead = world.rank == 0
+    if lead and newest:
+        logger.info("goes on from %d images", state.images)
     identity = pretrain_id(recipe, source)
     events = inside(folder, "events.jsonl")
     snapshots = Snapshots(folder, world, resumed=state.images, keep=config.keep_checkpoints, best=config.keep_best,

@@ -78,6 +78,12 @@ def _count_up(store: distributed_c10d.Store, key: str, wanted: int) -> None:
         count = store.add(key, 0)
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because the process at its other end is gone."""
+    said = str(error)
+    return isinstance(error, dist.DistNetworkError) or "Connection closed by peer" in said or "Connection reset by peer" in said
+
+
 def mean_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
     """Mean of each named value over the ranks; every rank must pass the same names."""
     if world.size == 1:
