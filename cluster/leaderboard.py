@@ -68,7 +68,7 @@ def verdicts_over(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[
         if method != "scratch" and len(seeds) >= 2:
             gains[domain, method] = paired_gain([control[s]["kid"] for s in seeds], [by_seed[s]["kid"] for s in seeds],
                                                 level=1 - alpha)
-    judged = judge(gains, alpha=alpha)
+    judged = judge({key: gain for key, gain in gains.items() if METHODS[key[1]].judged}, alpha=alpha)
     verdicts = []
     for (domain, method), by_seed in finals.items():
         gain, found = gains.get((domain, method)), judged.get((domain, method))
@@ -76,6 +76,8 @@ def verdicts_over(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[
         verdicts.append({
             "domain": domain, "method": method, "kid_mean": fmean(row["kid"] for row in scored),
             "coverage_mean": fmean(row["coverage"] for row in scored),
+            "intra_distance_mean": fmean(row["intra_distance"] for row in scored)
+            if all(row.get("intra_distance") is not None for row in scored) else None,
             "copy_rate_mean": fmean(row["copy_rate"] for row in scored),
             "disqualified": sum(bool(row["disqualified"]) for row in scored),
             "seeds": gain.seeds if gain else len(scored),
@@ -96,7 +98,9 @@ def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[
         return costs.get("pretrain_seconds", 0.0) + (costs.get(f"meta_{method.rule}_seconds", 0.0) if method.rule else 0.0)
 
     paid: dict[str, float | None] = {}
-    for method in {row["method"] for row in rows if METHODS[row["method"]].start != "scratch"}:
+    for method in {row["method"] for row in rows}:
+        if METHODS[method].start == "scratch" or not METHODS[method].judged:
+            continue
         saved = []
         for domain in {verdict["domain"] for verdict in verdicts}:
             control, ours = _curve(run, rows, domain, "scratch"), _curve(run, rows, domain, method)

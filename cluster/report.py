@@ -23,6 +23,7 @@ from cluster.report_text import (
     SYMBOLS,
     Row,
     caveat,
+    compared_with,
     count,
     decimals,
     duration,
@@ -87,7 +88,7 @@ def collect(run: Path) -> dict[str, Any]:
     lines = read_lines(run / "pretrain" / "events.jsonl")
     latest = max((line["time"] for line in [*lines, *read_lines(run / "events.jsonl")]
                   if isinstance(line.get("time"), int | float)), default=None)
-    places = {name: decimals(row.get(name) for row in rows) for name in ("kid", "fd", "fid", "selection_kid")}
+    places = {name: decimals(row.get(name) for row in rows) for name in ("kid", "fd", "fid", "selection_kid", "intra_distance")}
     parts = [domain_part(run, domain, rows, methods) for domain in domains]
     training = training_config(run)
     numbers = [{**line, "metrics": {name: value for name, value in line["metrics"].items() if finite(value)}} for line in lines]
@@ -111,6 +112,7 @@ def collect(run: Path) -> dict[str, Any]:
                  for path in sorted((run / "meta").glob("*/events.jsonl"))},
         "contract": board.get("contract") or {}, "costs": board.get("costs") or {},
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+        "compared_with": {method: said for method in methods if (said := compared_with(method))},
         "symbols": SYMBOLS, "key": {method: key(style) for style, method in enumerate(methods)},
     }
 

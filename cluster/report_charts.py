@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-HEIGHT = 270  # units of the view box; the page scales it
+HEIGHT = 270  # units of the view box, at least; the page scales it
+COLOURS = 8  # of the page's style sheet; further series take them again, with other markers
 LEFT, RIGHT, TOP, BOTTOM = 52, 114, 14, 40
 LOG_RATIO = 8  # a positive quantity that spans more than this is drawn on a log scale
 LABEL_GAP = 13
@@ -43,6 +44,7 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, x_label: s
     drawn = [s for s in drawn if s.points]
     if not drawn:
         return Markup("")
+    height = max(HEIGHT, TOP + BOTTOM + LABEL_GAP * len(drawn))
     points = [p for s in drawn for p in s.points]
     low, high = min(p.low for p in points), max(p.high for p in points)
     log = low > 0 and high / low > LOG_RATIO
@@ -50,20 +52,20 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, x_label: s
     last, right = max(p.x for p in points) or 1, width - RIGHT
     x_ticks = [tick for tick in linear_ticks(0, last, count=width // 80) if tick <= last * 1.001]
     to_x = _axis(0, last, LEFT, right, log=False)
-    to_y = _axis(min(low, ticks[0]), max(high, ticks[-1]), HEIGHT - BOTTOM, TOP, log=log)
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    to_y = _axis(min(low, ticks[0]), max(high, ticks[-1]), height - BOTTOM, TOP, log=log)
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     parts += [f'<rect class="alarm" x="{to_x(begin):.1f}" y="{TOP}" width="{max(to_x(end) - to_x(begin), 2):.1f}" '
-              f'height="{HEIGHT - BOTTOM - TOP}"><title>alarm</title></rect>' for begin, end in alarms if end <= last]
+              f'height="{height - BOTTOM - TOP}"><title>alarm</title></rect>' for begin, end in alarms if end <= last]
     parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{to_y(t):.1f}" y2="{to_y(t):.1f}"/>'
               f'<text x="{LEFT - 6}" y="{to_y(t) + 4:.1f}" text-anchor="end">{_tick(t)}</text>' for t in ticks]
-    parts += [f'<text x="{to_x(t):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(t)}</text>'
+    parts += [f'<text x="{to_x(t):.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{_tick(t)}</text>'
               for t in x_ticks]
-    parts.append(f'<text class="axis" x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+    parts.append(f'<text class="axis" x="{(LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">'
                  f"{escape(x_label)}</text>")
     scale = f"{y_label}, log scale" if log else y_label
-    parts.append(f'<text class="axis" transform="translate(11 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+    parts.append(f'<text class="axis" transform="translate(11 {(TOP + height - BOTTOM) / 2}) rotate(-90)" '
                  f'text-anchor="middle">{escape(scale)}</text>')
-    label_y = spread([to_y(s.points[-1].y) for s in drawn], LABEL_GAP, TOP, HEIGHT - BOTTOM)
+    label_y = spread([to_y(s.points[-1].y) for s in drawn], LABEL_GAP, TOP, height - BOTTOM)
     for one, name_y in zip(drawn, label_y, strict=True):
         parts.append(_draw(one, to_x, to_y, name_y))
     return Markup("".join(parts) + "</svg>")
@@ -78,7 +80,7 @@ def _draw(series: Series, to_x: Callable[[float], float], to_y: Callable[[float]
     marks = "".join(marker(series.style, to_x(p.x), to_y(p.y)) for p in marked)
     end_x, end_y = to_x(points[-1].x), to_y(points[-1].y)
     band = f'<polygon class="band" points="{" ".join(upper + lower)}"/>' if any(p.high > p.low for p in points) else ""
-    return (f'<g class="series s{series.style}">{band}<polyline points="{line}"/>{marks}'
+    return (f'<g class="series s{series.style % COLOURS}">{band}<polyline points="{line}"/>{marks}'
             f'<path class="leader" d="M{end_x + 4:.1f} {end_y:.1f}L{end_x + 11:.1f} {name_y:.1f}"/>'
             f'<text class="name" x="{end_x + 13:.1f}" y="{name_y + 4:.1f}">{escape(series.name)}</text></g>')
 
@@ -95,7 +97,7 @@ def marker(style: int, x: float, y: float) -> str:
 
 def key(style: int) -> Markup:
     """The legend's swatch: a piece of line with its marker."""
-    return Markup(f'<svg class="key" viewBox="0 0 26 12" aria-hidden="true"><g class="series s{int(style)}">'
+    return Markup(f'<svg class="key" viewBox="0 0 26 12" aria-hidden="true"><g class="series s{int(style) % COLOURS}">'
                   f'<polyline points="1,6 25,6"/>{marker(style, 13, 6)}</g></svg>')
 
 

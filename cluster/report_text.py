@@ -14,21 +14,27 @@ from rich.table import Table
 from rich.text import Text
 from scipy.special import stdtrit
 
-METHOD_NAMES = {"scratch": "from scratch", "finetune": "full fine-tuning", "freezed": "FreezeD", "reptile": "Reptile",
-                "density": "Gaussian mixture"}
+from training.methods import METHODS
+
+METHOD_NAMES = {
+    "scratch": "from scratch", "unadapted": "the source as it is", "copier": "the support set itself", "density": "Gaussian mixture",
+    "finetune": "full fine-tuning", "freezed": "FreezeD", "freezeg": "frozen parts of G", "l2sp": "L2-SP", "ewc": "EWC",
+    "bss": "BSS", "distill": "feature distillation", "projected": "projected D", "structure": "structure transfer", "bsa": "BSA",
+    "fsgan": "FSGAN", "lora": "LoRA", "adam": "AdAM", "minegan": "MineGAN", "cdc": "CDC", "rssa": "RSSA",
+    "converter": "CycleGAN converter", "newclass": "a new class", "reptile": "Reptile", "fomaml": "FOMAML", "maml": "MAML"}
 SYMBOLS = {"positive": "▲", "neutral": "■", "negative": "▼", "disqualified": "⊘"}
 Row = Mapping[str, Any]
 
 
 def state_of(verdict: Row) -> str | None:
-    """positive | neutral | negative | disqualified; None for scratch itself and where there is no verdict."""
+    """positive | neutral | negative | disqualified; None where there is no verdict, and for what is there to compare with."""
     return "disqualified" if verdict.get("disqualified") else verdict.get("verdict")
 
 
 def headline(verdicts: Sequence[Row], methods: Sequence[str]) -> list[str]:
     """Sentences that sum the verdicts up, the method that helped most often first."""
     counts = {method: Counter(state_of(v) for v in verdicts if v.get("method") == method)
-              for method in methods if method != "scratch"}
+              for method in methods if not compared_with(method)}
     counts = {method: states for method, states in counts.items() if states.total()}
     if not counts:
         return []
@@ -82,6 +88,13 @@ def order_methods(names: Iterable[Any]) -> list[str]:
     known = list(METHOD_NAMES)
     unique = {str(name) for name in names}
     return sorted(unique, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def compared_with(method: Any) -> str:
+    """What a row that gets no verdict is there for, empty for a method that is judged."""
+    if str(method) == "scratch":
+        return "control"
+    return "" if getattr(METHODS.get(str(method)), "judged", True) else "for comparison"
 
 
 def method_name(method: Any) -> str:
@@ -150,7 +163,7 @@ def leaderboard_table(leaderboard: Mapping[str, Any]) -> Table:
     domains = list(dict.fromkeys(str(v.get("domain")) for v in verdicts))
     for v in sorted(verdicts, key=lambda v: (domains.index(str(v.get("domain"))), methods.index(str(v.get("method"))))):
         state = state_of(v)
-        said = f"{SYMBOLS[state]} {state}" if state in SYMBOLS else "control" if v.get("method") == "scratch" else "–"
+        said = f"{SYMBOLS[state]} {state}" if state in SYMBOLS else compared_with(v.get("method")) or "–"
         style = {"positive": "green", "negative": "red", "disqualified": "yellow"}.get(str(state), "")
         if v.get("disqualified"):
             said += f" ({v['disqualified']}/{v.get('seeds', '?')})"

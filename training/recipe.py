@@ -19,6 +19,7 @@ from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, one_of, operational
 from training.engines import EngineConfig
 from training.families import FAMILIES
+from training.families.copier import CopierConfig
 from training.families.cyclegan import CycleganConfig
 from training.families.density import DensityConfig
 from training.families.sequence import SequenceConfig
@@ -38,6 +39,7 @@ from training.methods.fsgan import FsganConfig
 from training.methods.l2sp import L2spConfig
 from training.methods.lora import LoraConfig
 from training.methods.minegan import MineganConfig
+from training.methods.newclass import NewclassConfig
 from training.methods.projected import ProjectedConfig
 from training.methods.rssa import RssaConfig
 from training.models.config import DiscriminatorConfig, GeneratorConfig
@@ -92,6 +94,7 @@ class TrainingConfig(Config):
     vae: VaeConfig = VaeConfig()
     cyclegan: CycleganConfig = CycleganConfig()
     density: DensityConfig = DensityConfig()
+    copier: CopierConfig = CopierConfig()
     sequence: SequenceConfig = SequenceConfig()
     augmentation: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
@@ -240,6 +243,7 @@ class AdaptationConfig(Config):
     fsgan: FsganConfig = FsganConfig()
     lora: LoraConfig = LoraConfig()
     minegan: MineganConfig = MineganConfig()
+    newclass: NewclassConfig = NewclassConfig()
     rssa: RssaConfig = RssaConfig()
 
     _schedules = field_validator("lr", "r1", "r2")(check_schedule)

@@ -174,7 +174,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
 
 def empty_row(trial: Trial, identity: str, config: AdaptationConfig) -> dict[str, Any]:
     """A trial's row before it has any result."""
-    scores = ("kid", "kid_ci95", "fd", "fid", "precision", "recall", "density", "coverage", "copy_rate", "auth_pct")
+    scores = ("kid", "kid_ci95", "fd", "fid", "precision", "recall", "density", "coverage", "intra_distance",
+              "empty_clusters", "copy_rate", "auth_pct")
     return {
         "schema_version": 1,
         "domain": trial.domain, "method": trial.method, "start": trial.start, "seed": trial.seed, "trial": identity,

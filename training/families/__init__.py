@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from data_shards.errors import UserError
+from training.families.copier import COPIER
 from training.families.cyclegan import CYCLEGAN
 from training.families.density import DENSITY
 from training.families.family import Family
@@ -21,7 +22,7 @@ __all__ = ["FAMILIES", "Batch", "Family", "Networks", "Phase", "Terms", "check_g
 
 FAMILIES: dict[str, Family] = {
     "gan": GAN, "cyclegan": CYCLEGAN, "vae": VAE, "autoencoder": AUTOENCODER, "vaegan": VAEGAN, "density": DENSITY,
-    "sequence": SEQUENCE}
+    "copier": COPIER, "sequence": SEQUENCE}
 
 
 def check_generates(config: TrainingConfig, what: str) -> None:

@@ -7,6 +7,7 @@ from training.methods import (
     bsa,
     bss,
     cdc,
+    copier,
     density,
     distill,
     ewc,
@@ -19,11 +20,13 @@ from training.methods import (
     lora,
     maml,
     minegan,
+    newclass,
     projected,
     reptile,
     rssa,
     scratch,
     structure,
+    unadapted,
 )
 from training.methods.method import Adaptation, Method
 
@@ -37,6 +40,9 @@ METHODS: dict[str, Method] = {
     "fomaml": fomaml.METHOD,
     "maml": maml.METHOD,
     "density": density.METHOD,
+    "unadapted": unadapted.METHOD,
+    "copier": copier.METHOD,
+    "newclass": newclass.METHOD,
     "freezeg": freezeg.METHOD,
     "l2sp": l2sp.METHOD,
     "ewc": ewc.METHOD,

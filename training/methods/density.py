@@ -3,7 +3,7 @@
 
 from training.methods.method import Method
 
-# What is of the source's networks alone, and would be refused beside this family, is left at its defaults.
-METHOD = Method(start="scratch", hyperparameters=(), settings={
-    "training.family": "density", "training.engine": {}, "training.objective": {}, "training.augmentation": {},
-    "adaptation.augmentation": {}})
+FITTED = {"training.engine": {}, "training.objective": {}, "training.augmentation": {}, "adaptation.augmentation": {}}
+"""What is of the source's networks alone, and would be refused beside a family that is fitted at once, at its defaults."""
+
+METHOD = Method(start="scratch", hyperparameters=(), settings={**FITTED, "training.family": "density"})

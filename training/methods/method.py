@@ -57,6 +57,7 @@ class Method:
         settings: recipe values, by dotted key, that the method comes with.
         derived: likewise, as they follow from the recipe.
         hyperparameters: fields of the recipe's ``adaptation`` section that a search may vary for it.
+        judged: whether it is a way of transfer, and gets verdicts; the rows of the others are there to compare with.
 
     `prepare` and `phases` may raise UserError for a setting or a family that the method cannot serve.
     """
@@ -68,6 +69,7 @@ class Method:
     derived: Callable[[TrainingRecipe], Mapping[str, Any]] = lambda recipe: {}
     hyperparameters: tuple[str, ...] = ("lr", "r1")
     rule: str = ""
+    judged: bool = True
 
     @property
     def weights(self) -> str:

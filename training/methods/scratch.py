@@ -2,4 +2,4 @@
 
 from training.methods.method import Method
 
-METHOD = Method(start="scratch")
+METHOD = Method(start="scratch", judged=False)

@@ -9,6 +9,7 @@ from data_shards.errors import UserError
 from training.metrics.copying import auth_pct, copy_rate, is_copier
 from training.metrics.features import FeatureNet
 from training.metrics.frechet import frechet_distance
+from training.metrics.intra_distance import intra_cluster_distance
 from training.metrics.kid import kid, kid_interval
 from training.metrics.likeness import Pictures
 from training.metrics.prdc import precision_recall_density_coverage
@@ -35,7 +36,7 @@ def score(
 
     Returns:
         kid, kid_ci95 [lo, hi], fd, fid (None unless `net` is the FID Inception), precision, recall, density, coverage,
-        copy_rate in [0, 1], auth_pct in [0, 100], disqualified (bool), reason (str): plain Python values, for JSON.
+        intra_distance and empty_clusters (None with no more fakes than support images), copy_rate in [0, 1], auth_pct in [0, 100], disqualified (bool), reason (str): plain Python values, for JSON.
 
     Raises:
         UserError: malformed or non-finite features, or sets too small for a score.
@@ -49,11 +50,20 @@ def score(
         "fd": fd,
         "fid": fd if net == FID_NET else None,
         **precision_recall_density_coverage(fake, reference, k),
+        **_around_support(fake, support),
         "copy_rate": rate,
         "auth_pct": auth_pct(fake, support),
         "disqualified": disqualified,
         "reason": reason,
     }
+
+
+def _around_support(fake: Tensor, support: Tensor) -> dict[str, Any]:
+    names = ("intra_distance", "empty_clusters")
+    if len(fake) <= len(support):
+        return dict.fromkeys(names)
+    found = intra_cluster_distance(fake, support)
+    return {name: found[name] for name in names}
 
 
 def contract(net: FeatureNet, reference_hash: str, n_fake: int, n_reference: int, version: str) -> dict[str, str | int]:

@@ -11,7 +11,7 @@ from training.metrics.features import encoder_net
 from training.metrics.score import contract, same_contract, score
 
 KEYS = {
-    *("kid", "kid_ci95", "fd", "fid", "precision", "recall", "density", "coverage"),
+    *("kid", "kid_ci95", "fd", "fid", "precision", "recall", "density", "coverage", "intra_distance", "empty_clusters"),
     *("copy_rate", "auth_pct", "disqualified", "reason"),
 }
 
