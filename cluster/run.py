@@ -26,10 +26,13 @@ from training.events import append_event, read_events
 from training.families import FAMILIES
 from training.meta import RULES
 from training.meta.metatrain import finished_meta, meta_id
+from training.meta.rule import chosen as meta_weights
 from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
+from training.networks import make_networks
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
+from training.rehearsal import rehearse
 from training.source import domain_b, set_place, source_parts, source_sets
 from training.target import for_target, load_target
 from training.world import World, device, has_bf16
@@ -54,8 +57,12 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
     if dry_run:
         for line in absent(recipe) if "shards" in chosen else ():
             console.print(line, markup=False)
+        if "fanout" in chosen and recipe.data.source not in set().union(*missing_sets(recipe).values()):
+            rehearse_methods(recipe, open_set(set_place(recipe.data, recipe.data.source)))
         return
     source = ready_sets(recipe) if "shards" in chosen else open_set(set_place(recipe.data, recipe.data.source))
+    if "fanout" in chosen:
+        rehearse_methods(recipe, source)
     done = finished_pretraining(recipe, source, out / "pretrain")  # refuses another recipe's before anything is written
     if "fanout" in chosen and "pretrain" not in chosen and recipe.needs_pretrained:
         _require_pretrained(recipe, out, done)
@@ -165,6 +172,23 @@ def ready_sets(recipe: Recipe) -> ShardSet:
             raise UserError(f"the target set {target.set} has images of shape {shape} and the source "
                             f"{source.manifest.image_shape}; pack it with the source's --size and --channels.")
     return source
+
+
+def rehearse_methods(recipe: Recipe, source: ShardSet) -> None:
+    """Find out before anything is trained whether the methods of the fan-out can serve the recipe's networks.
+
+    Raises:
+        UserError: what the first method or rule of meta-learning that cannot would say in its trials.
+    """
+    if not recipe.fanout.targets:
+        return
+    shape = source.manifest.image_shape
+    for method in recipe.fanout.methods:
+        rehearse(method, recipe, shape)
+    for one in meta_recipes(recipe):
+        networks = make_networks(recipe.training, shape, recipe.seed)
+        RULES[one.meta.rule].refuse(recipe.training.family, networks)
+        meta_weights(networks, one.meta.inner_parts)
 
 
 def _pretrain(recipe: Recipe, source: ShardSet, out: Path, done: Path | None, start_ray: Callable[[], None]) -> None:

@@ -79,6 +79,20 @@ def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
                       trial.start, trial.checkpoint_sha256, settings)
 
 
+def trial_recipe(method: str, recipe: TrainingRecipe, hyperparameters: Mapping[str, Any]) -> TrainingRecipe:
+    """The run's recipe with what a method comes with and what a search chose for it.
+
+    Raises:
+        UserError: for settings that do not go together, and families that make no images from noise.
+    """
+    # Without the sections of packages above: what they say is of the whole run, not of a method's own family.
+    tree = apply_overrides(recipe.model_dump(mode="json"), {
+        **METHODS[method].settings, **METHODS[method].derived(recipe), **hyperparameters})
+    own = resolve(TrainingRecipe, tree, where=f"the method {method}")
+    check_generates(own.training, "the trial's recipe is")
+    return own
+
+
 def trial_folder(run: Path, trial: Trial, identity: str) -> Path:
     return run / "domains" / trial.domain / identity
 
@@ -94,11 +108,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
         The row of `leaderboard.json` (DESIGN part 5), with "selection_kid", "phase" and "hyperparameters" beside.
     """
     identity = trial_id(trial, recipe)
-    # Without the sections of packages above: what they say is of the whole run, not of a method's own family.
-    recipe = resolve(TrainingRecipe, apply_overrides(recipe.model_dump(mode="json"), {
-        **METHODS[trial.method].settings, **METHODS[trial.method].derived(recipe), **trial.hyperparameters}), where="trial")
-    check_generates(recipe.training, "the trial's recipe is")
-    recipe = for_target(recipe, open_cached(trial.set_path))
+    recipe = for_target(trial_recipe(trial.method, recipe, trial.hyperparameters), open_cached(trial.set_path))
     config, folder = recipe.adaptation, trial_folder(run, trial, identity)
     row = read_row(folder)
     if row and (row["status"] == "failed" or (row["images_seen"] >= until and (trial.phase == "final"

@@ -71,6 +71,8 @@ def phases(adaptation: Adaptation) -> Sequence[Phase]:
     """
     discriminator = discriminator_of(adaptation.source, adaptation, "the method ewc reads which weights matter off")
     training, config = adaptation.recipe.training, adaptation.recipe.adaptation.ewc
+    if adaptation.rehearsed:  # the discriminator of a source knows something, a fresh one need not
+        return adaptation.phases
     packed, group = training.objective.pack, training.discriminator.minibatch_std or 1
     count = -(-config.samples // (packed * group)) * packed * group
     z = latents(adaptation.seed, "fisher", 0, count, training.generator.latent_dim).to(device())

@@ -40,6 +40,7 @@ class Adaptation:
     phases: Sequence[Phase]  # the family's own
     train: Train = _no_training
     resumed: bool = False  # whether what `prepare` makes of the networks gets the weights of a trial that goes on
+    rehearsed: bool = False  # whether nothing will be trained: fresh networks, to see if the method can serve them
 
 
 @dataclass(frozen=True)

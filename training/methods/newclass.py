@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class NewclassConfig(Config):
-    rate: float = Field(10.0, gt=0, description="learning rate of G's class tables over adaptation.lr: a row is few numbers, and "
-                                                "has a few steps to get from the mean of all classes to one of its own")
+    rate: float = Field(10.0, gt=0, description="learning rate of G's class tables over adaptation.lr: a row is few numbers, "
+                                                "and has few steps to get from the mean of all classes to one of its own")
 
 
 class Quickened(nn.Module):
@@ -67,8 +67,8 @@ def told(recipe: TrainingRecipe) -> Mapping[str, Any]:
         UserError: for a source that was told none.
     """
     if not recipe.training.generator.classes:
-        raise UserError("the method newclass adds classes to a source that was told its own, and training.generator.classes is 0; "
-                        "set it to the number of the source's classes, or leave the method out of fanout.methods.")
+        raise UserError("the method newclass adds classes to a source that was told its own, and training.generator.classes is "
+                        "0; set it to the number of the source's classes, or leave the method out of fanout.methods.")
     return {"adaptation.conditional": True}
 
 

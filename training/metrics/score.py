@@ -36,7 +36,8 @@ def score(
 
     Returns:
         kid, kid_ci95 [lo, hi], fd, fid (None unless `net` is the FID Inception), precision, recall, density, coverage,
-        intra_distance and empty_clusters (None with no more fakes than support images), copy_rate in [0, 1], auth_pct in [0, 100], disqualified (bool), reason (str): plain Python values, for JSON.
+        intra_distance and empty_clusters (None with no more fakes than support images), copy_rate in [0, 1], auth_pct in
+        [0, 100], disqualified (bool), reason (str): plain Python values, for JSON.
 
     Raises:
         UserError: malformed or non-finite features, or sets too small for a score.
