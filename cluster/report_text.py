@@ -20,8 +20,9 @@ METHOD_NAMES = {
     "scratch": "from scratch", "unadapted": "the source as it is", "copier": "the support set itself",
     "density": "Gaussian mixture", "finetune": "full fine-tuning", "freezed": "FreezeD", "freezeg": "frozen parts of G",
     "l2sp": "L2-SP", "ewc": "EWC", "bss": "BSS", "distill": "feature distillation", "projected": "projected D",
-    "structure": "structure transfer", "bsa": "BSA", "fsgan": "FSGAN", "lora": "LoRA", "adam": "AdAM", "minegan": "MineGAN", "cdc": "CDC", "rssa": "RSSA",
-    "converter": "CycleGAN converter", "newclass": "a new class", "reptile": "Reptile", "fomaml": "FOMAML", "maml": "MAML"}
+    "structure": "structure transfer", "bsa": "BSA", "fsgan": "FSGAN", "lora": "LoRA", "adam": "AdAM",
+    "minegan": "MineGAN", "cdc": "CDC", "rssa": "RSSA", "converter": "CycleGAN converter", "newclass": "a new class",
+    "reptile": "Reptile", "fomaml": "FOMAML", "maml": "MAML"}
 SYMBOLS = {"positive": "▲", "neutral": "■", "negative": "▼", "disqualified": "⊘"}
 Row = Mapping[str, Any]
 

@@ -32,7 +32,8 @@ def test_what_a_small_gan_can_do_is_let_through(tmp_path: Path, method: str) -> 
     ("cdc", {"adaptation.batch": 6}, "adaptation.batch = 6 is no multiple"),
     ("finetune", {"adaptation.frozen": ["generator.nothing.*"]}, "matches no weight"),
     ("fsgan", {"training.discriminator.spectral_norm": True}, "has given them another")])
-def test_a_method_that_cannot_serve_the_recipe_says_so(tmp_path: Path, method: str, settings: dict[str, Any], said: str) -> None:
+def test_a_method_that_cannot_serve_the_recipe_says_so(tmp_path: Path, method: str, settings: dict[str, Any],
+                                                       said: str) -> None:
     recipe = TrainingRecipe.model_validate(apply_overrides(toy_tree(tmp_path), settings))
     with pytest.raises(UserError) as error:
         rehearse(method, recipe, SHAPE)
