@@ -51,7 +51,7 @@ def evaluate(run: Path, *, net: str, samples: int | None = None, seeds: int | No
     rows = [row for row in rows if row["seed"] in chosen and (not domains or row["domain"] in domains)]
     if not rows:
         raise UserError(f"{run} has no finished final trial to score; finish it with `graft run`.")
-    sets = {target.domain: set_place(recipe.data, target.set) for target in recipe.fanout.targets}
+    sets = {domain.name: set_place(recipe.data, domain.set) for domain in recipe.fanout.domains()}
     if lost := sorted({row["domain"] for row in rows} - sets.keys()):
         raise UserError(f"{run} has trials of {', '.join(lost)}, which its recipe.yaml no longer lists; run on it the recipe "
                         "that has them.")

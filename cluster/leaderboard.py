@@ -74,7 +74,8 @@ def verdicts_over(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[
         gain, found = gains.get((domain, method)), judged.get((domain, method))
         scored = list(by_seed.values())
         verdicts.append({
-            "domain": domain, "method": method, "kid_mean": fmean(row["kid"] for row in scored),
+            "domain": domain, "target": scored[0].get("target", domain), "corruption": scored[0].get("corruption"),
+            "method": method, "kid_mean": fmean(row["kid"] for row in scored),
             "coverage_mean": fmean(row["coverage"] for row in scored),
             "intra_distance_mean": fmean(row["intra_distance"] for row in scored)
             if all(row.get("intra_distance") is not None for row in scored) else None,

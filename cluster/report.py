@@ -103,6 +103,7 @@ def collect(run: Path) -> dict[str, Any]:
         "searches": sum(row.get("phase") == "search" for row in rows),
         "has_fid": any(finite(row.get("fid")) for row in rows),
         "places": {**places, "gain": gain_decimals(verdicts)},
+        "robustness": robustness_charts(verdicts, methods),
         "domains": parts, "searching": any(part["searching"] for part in parts),
         "samples": picture(run, "pretrain/samples.png"), "reals": picture(run, "pretrain/reals.png"),
         "pretrain_images": max((line["images"] for line in lines), default=None),
@@ -166,6 +167,27 @@ def domain_part(run: Path, domain: str, rows: Sequence[Row], methods: Sequence[s
     return {"name": domain, "shown": shown, "searching": searching, "support": picture(run, f"{folder}/support.png"),
             "reference": picture(run, f"{folder}/reference.png"),
             "chart": line_chart(series, title=f"KID over images seen on {domain}", y_label="selection KID")}
+
+
+def robustness_charts(verdicts: Sequence[Row], methods: Sequence[str]) -> list[Any]:
+    """Gain against the share of the support pool that was corrupted, one chart for each target that has more than one share."""
+    charts = []
+    spoilt = {(str(v["target"]), str(v["corruption"].get("kind"))) for v in verdicts if isinstance(v.get("corruption"), dict)
+              and v.get("target")}
+    for target, kind in sorted(spoilt):
+        series = []
+        for style, method in enumerate(methods):
+            points = []
+            for v in verdicts:
+                corruption = v.get("corruption") or {"kind": kind, "share": 0.0}
+                interval = v.get("gain_ci95")
+                if (v.get("target"), corruption.get("kind"), v.get("method")) == (target, kind, method) and interval \
+                        and all(map(finite, [*interval, v.get("gain_over_scratch"), corruption.get("share")])):
+                    points.append(Point(100 * corruption["share"], v["gain_over_scratch"], interval[0], interval[1]))
+            series.append(Series(method_name(method), style, sorted(points, key=lambda point: point.x)))
+        charts.append(line_chart(series, title=f"gain against {kind} on {target}", y_label=f"gain on {target}",
+                                 x_label=f"{kind}: % of the support pool"))
+    return [chart for chart in charts if chart]
 
 
 def mean_over_seeds(logs: Iterable[Sequence[Row]], metric: str) -> list[Point]:

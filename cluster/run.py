@@ -115,7 +115,7 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
                f"{meta.steps * meta.images_per_step} images")
     if fanout.targets:
         count = fair_count(fanout.space, fanout.methods, fanout.candidates)
-        yield (f"  fan-out   {len(fanout.targets)} domains x {len(fanout.methods)} methods x ({count} candidates by "
+        yield (f"  fan-out   {len(list(fanout.domains()))} domains x {len(fanout.methods)} methods x ({count} candidates by "
                f"{fanout.scheduler}, then {fanout.seeds} seeds) of {recipe.adaptation.images} images; "
                f"{recipe.adaptation.shots} shots")
     if not FAMILIES[recipe.training.family].drawn:
@@ -242,9 +242,10 @@ def meta_recipes(recipe: Recipe, *, every: bool = False) -> list[Recipe]:
 
 def _fanout(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[], None]) -> Board:
     plan = plan_races(recipe, source, out)
-    for target in recipe.fanout.targets:
-        folder, path = out / "domains" / target.domain, set_place(recipe.data, target.set)
-        images = load_target(path, recipe.adaptation.shots, recipe.seed + 1)  # the first final seed's, whose samples are shown
+    for domain in recipe.fanout.domains():
+        folder, path = out / "domains" / domain.name, set_place(recipe.data, domain.set)
+        images = load_target(path, recipe.adaptation.shots, recipe.seed + 1,  # the first final seed's, whose samples are shown
+                             domain.corruption, set_place(recipe.data, recipe.data.source))
         save_grid(images.support, folder / "support.png")
         save_grid(images.reference[:32], folder / "reference.png")
     board = Board(recipe, out, plan)

@@ -19,6 +19,7 @@ from data_shards.parts import chosen_ids
 from training.augment import NO_AUGMENTATION, read_strength
 from training.checkpoint import images_of, latest_valid, load_checkpoint, read_state, step_folder
 from training.config import content_id, result_fields
+from training.corruption import corrupt_source
 from training.cost import Budget, Clock, blank_batch, cost_metrics, known_flops, peak_flops, timed_collectives
 from training.draws import generator as draw
 from training.draws import latents
@@ -52,7 +53,8 @@ def pretrain_id(recipe: TrainingRecipe, source: ShardSet) -> str:
     """Identifies what is being pretrained; more ``training.images`` continue the same one."""
     fields = result_fields(recipe.training)
     fields.pop("images")
-    return content_id(recipe.seed, fields, result_fields(recipe.data), source_id(recipe.data, source))
+    data = {name: value for name, value in result_fields(recipe.data).items() if name != "corruption" or value}
+    return content_id(recipe.seed, fields, data, source_id(recipe.data, source))
 
 
 def finished_pretraining(recipe: TrainingRecipe, source: ShardSet, folder: FolderT) -> FolderT | None:
@@ -261,7 +263,7 @@ def train_on(recipe: TrainingRecipe, source: ShardSet, run: FolderT, world: Worl
     fed = partial(batches, batch=config.batch, rank=world.rank, world=world.size, images_seen=state.images,
                   workers=recipe.data.workers, streams=recipe.data.streams, window=recipe.data.window,
                   pin_memory=torch.cuda.is_available())
-    feed = fed(parts, seed=recipe.seed)
+    feed = corrupt_source(fed(parts, seed=recipe.seed), recipe.data.corruption, recipe.seed, config.generator.classes)
     # Of another seed: the same order would pair the images of two sets that were made of the same ones.
     feed_b = fed(second, seed=draw(recipe.seed, "domain b", 0).initial_seed()) if second else None
     try:
@@ -293,6 +295,7 @@ def first_images(recipe: TrainingRecipe, parts: list[Part], count: int) -> Tenso
     """The first ``count`` images of the data order, uint8 (count, C, H, W), whole on every rank."""
     data, batch = recipe.data, recipe.training.batch
     feed = batches(parts, batch=batch, seed=recipe.seed, workers=data.workers, streams=data.streams, window=data.window)
+    feed = corrupt_source(feed, data.corruption, recipe.seed, recipe.training.generator.classes)
     return torch.cat([next(feed).images for _ in range(-(-count // batch))])[:count]
 
 

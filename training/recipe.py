@@ -17,6 +17,7 @@ from data_shards.errors import UserError
 from data_shards.stores.places import parse_place
 from training.augment import AugmentConfig
 from training.config import Config, apply_overrides, build, one_of, operational
+from training.corruption import Corruption
 from training.engines import EngineConfig
 from training.families import FAMILIES
 from training.families.copier import CopierConfig
@@ -63,6 +64,8 @@ class DataConfig(Config):
     class_weights: Literal["natural", "balanced"] | dict[str, float] = Field(
         "natural", description="how often each class of the source is drawn: as often as it occurs, all alike, or by name, and "
                                "then classes that are not named not at all")
+    corruption: Corruption | None = Field(None, description="a share of the source's images that is spoilt on purpose, to see "
+                                                            "what a gain owes to clean ones; the feature net sees clean ones")
     held_back: int = Field(256, ge=0, description="images of a source without a reference split that pretraining leaves out, "
                                                   "at most 1 in 20 of it, to watch the discriminator's overfitting on")
     streams: int = Field(24, ge=1, description="canonical streams C of the data order; world sizes must divide it")
@@ -292,6 +295,14 @@ class TrainingRecipe(Config):
         names = {name for family in FAMILIES.values() for name in family.names}  # a method may be of another family
         for name in self.adaptation.optimizers.keys() - names:
             raise UserError(f"adaptation.optimizers names {name!r}, but networks are called {', '.join(sorted(names))}.")
+        return self
+
+    @model_validator(mode="after")
+    def _corruption_is_seen(self) -> TrainingRecipe:
+        wrong = self.data.corruption and self.data.corruption.kind == "mislabelled"
+        if wrong and self.training.generator.classes < 2:
+            raise UserError("data.corruption.kind = mislabelled gives source images wrong classes, which networks that are "
+                            "told none (training.generator.classes = 0) do not see; tell them, or choose another kind.")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_shards import ShardSet, load_images
 from data_shards.errors import UserError
+from training.corruption import Corruption, corrupt_pool
 from training.draws import generator
 from training.metrics.extraction import image_features
 from training.metrics.features import FeatureNet, load_feature_net
@@ -70,20 +71,43 @@ def for_target(recipe: RecipeT, images: ShardSet) -> RecipeT:
 
 
 @functools.lru_cache(maxsize=16)
-def load_target(path: str, shots: int, seed: int) -> Target:
+def load_target(path: str, shots: int, seed: int, corruption: Corruption | None = None, source: str = "") -> Target:
+    """A domain's images under one seed.
+
+    Args:
+        corruption: of the support pool, of both its parts alike: who has it does not know which of its images are good. The
+            reference stays clean.
+        source: the place of the source set, of which mislabelled images are.
+
+    Raises:
+        UserError: for a pool or a reference that is too small.
+    """
     images = open_cached(path)
     chosen = support_indices(images, shots, seed)
     reference = images.indices("reference")
     if len(reference) < 8:
         raise UserError(f"the target set {path} has {len(reference)} reference images; pack it with --reference 0.5.")
     rest = [int(i) for i in images.indices("train") if int(i) not in set(chosen)]
-    return Target(chosen, load_images(images, list(chosen))[0], load_images(images, rest)[0],
-                  load_images(images, reference)[0], images.manifest.image_shape, images.manifest.sha256)
+    pool = {"support": load_images(images, list(chosen))[0], "held back": load_images(images, rest)[0]}
+    if corruption and corruption.share:
+        strangers = _strangers(source, len(pool["held back"]), seed) if corruption.kind == "mislabelled" else torch.empty(0)
+        pool = {name: corrupt_pool(part, corruption, seed, name, strangers) for name, part in pool.items()}
+    return Target(chosen, pool["support"], pool["held back"], load_images(images, reference)[0], images.manifest.image_shape,
+                  images.manifest.sha256)
+
+
+def _strangers(source: str, count: int, seed: int) -> Tensor:
+    """Images of the source that a pool's corrupted ones become."""
+    images = open_cached(source)
+    ids = images.indices()
+    chosen = torch.randperm(len(ids), generator=generator(seed, "strangers", 0))[:count]
+    return load_images(images, [int(ids[i]) for i in chosen])[0]
 
 
 @functools.lru_cache(maxsize=16)
-def target_features(path: str, shots: int, seed: int, net: str, run: str) -> dict[str, Tensor]:
+def target_features(path: str, shots: int, seed: int, net: str, run: str, corruption: Corruption | None = None,
+                    source: str = "") -> dict[str, Tensor]:
     """Features of a target's three parts under the contract's net."""
-    target, extractor = load_target(path, shots, seed), feature_net(net, run)
+    target, extractor = load_target(path, shots, seed, corruption, source), feature_net(net, run)
     parts = {"support": target.support, "held_back": target.held_back, "reference": target.reference}
     return {name: image_features(images, extractor) for name, images in parts.items()}

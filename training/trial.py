@@ -25,6 +25,7 @@ from data_shards.files import write_json
 from training.augment import Strength, read_strength
 from training.checkpoint import checkpoint_problem, load_checkpoint, save_checkpoint
 from training.config import apply_overrides, content_id, result_fields
+from training.corruption import Corruption
 from training.draws import latents
 from training.ema import make_average, whole_average
 from training.engines import EngineConfig, make_engine, whole_weights
@@ -42,7 +43,7 @@ from training.networks import load_start, load_weights, make_networks
 from training.pictures import generate, save_grid
 from training.recipe import SCHEMA_VERSION, AdaptationConfig, TrainingRecipe, resolve
 from training.sample import averaged_generator
-from training.source import open_cached, told_classes
+from training.source import open_cached, set_place, told_classes
 from training.target import Target, feature_net, for_target, load_target, target_features
 from training.wandb_log import open_run
 from training.world import World
@@ -64,6 +65,8 @@ class Trial:
     checkpoint: str | None
     checkpoint_sha256: str | None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # dotted recipe keys
+    corruption: Corruption | None = None  # of the support pool
+    target: str = ""  # the domain's name without its corruption, where it has one
 
 
 def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
@@ -75,8 +78,10 @@ def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
     fields["adaptation"] = {name: value for name, value in fields["adaptation"].items()
                             if name == trial.method or name not in METHODS}  # not the sections of other methods
     settings = {**METHODS[trial.method].derived(recipe), **trial.hyperparameters}
+    spoilt = [] if trial.corruption is None else [
+        trial.corruption.model_dump(mode="json"), open_cached(set_place(recipe.data, recipe.data.source)).manifest.sha256]
     return content_id(fields, trial.domain, open_cached(trial.set_path).manifest.sha256, trial.method, trial.seed, trial.phase,
-                      trial.start, trial.checkpoint_sha256, settings)
+                      trial.start, trial.checkpoint_sha256, settings, *spoilt)
 
 
 def trial_recipe(method: str, recipe: TrainingRecipe, hyperparameters: Mapping[str, Any]) -> TrainingRecipe:
@@ -116,7 +121,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
         return row
     torch.set_num_threads(recipe.training.threads)
     started = time.monotonic()
-    target = load_target(trial.set_path, config.shots, trial.seed)
+    source = set_place(recipe.data, recipe.data.source)
+    target = load_target(trial.set_path, config.shots, trial.seed, trial.corruption, source)
     folder.mkdir(parents=True, exist_ok=True)
     spent_before = float(row["seconds"]) if row else 0.0
     try:
@@ -131,7 +137,8 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     log = open_run(recipe.wandb, folder=run, group=recipe.name, job_type=trial.phase, run_id=identity,
                    name=f"{trial.domain}/{trial.method}/{trial.seed}", settings={
                        "domain": trial.domain, "method": trial.method, "seed": trial.seed, **trial.hyperparameters})
-    features = target_features(trial.set_path, config.shots, trial.seed, recipe.evaluation.net, str(run))
+    features = target_features(trial.set_path, config.shots, trial.seed, recipe.evaluation.net, str(run), trial.corruption,
+                               source)
     shown = make_networks(recipe.training, target.image_shape, 0)["generator"]
     z = latents(trial.seed, "evaluation", 0, recipe.evaluation.samples, recipe.training.generator.latent_dim)
     extractor = feature_net(recipe.evaluation.net, str(run))
@@ -188,7 +195,9 @@ def empty_row(trial: Trial, identity: str, config: AdaptationConfig) -> dict[str
               "empty_clusters", "copy_rate", "auth_pct")
     return {
         "schema_version": 1,
-        "domain": trial.domain, "method": trial.method, "start": trial.start, "seed": trial.seed, "trial": identity,
+        "domain": trial.domain, "target": trial.target or trial.domain,
+        "corruption": trial.corruption.model_dump(mode="json") if trial.corruption else None,
+        "method": trial.method, "start": trial.start, "seed": trial.seed, "trial": identity,
         "status": "running", "shots": config.shots, "images_budget": config.images, "images_seen": 0, "seconds": 0.0,
         "gpu_hours": 0.0, **dict.fromkeys(scores), "disqualified": False, "reason": "", "checkpoint": None,
         "phase": trial.phase, "hyperparameters": dict(trial.hyperparameters), "selection_kid": None, "rungs": {}}
@@ -203,8 +212,10 @@ def read_row(folder: Path) -> dict[str, Any] | None:
 def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_path: str, net: str,
             samples: int | None = None) -> dict[str, Any]:
     """A final trial's row with its scores taken again, from its checkpoint, in another net or over another sample count."""
-    target = load_target(set_path, row["shots"], row["seed"])
-    features = target_features(set_path, row["shots"], row["seed"], net, str(run))
+    corruption = Corruption.model_validate(row["corruption"]) if row.get("corruption") else None
+    source = set_place(recipe.data, recipe.data.source)
+    target = load_target(set_path, row["shots"], row["seed"], corruption, source)
+    features = target_features(set_path, row["shots"], row["seed"], net, str(run), corruption, source)
     network, own, _ = averaged_generator(run / row["checkpoint"])
     z = latents(row["seed"], "evaluation", 0, samples or recipe.evaluation.samples, own.training.generator.latent_dim)
     extractor = feature_net(net, str(run))
@@ -254,8 +265,13 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
 
 def _support(trial: Trial, config: AdaptationConfig, target: Target, images: int) -> Iterator[Batch]:
     """The support set's batches after so many images."""
-    return batches(open_cached(trial.set_path), batch=config.batch, seed=trial.seed, images_seen=images, streams=1,
+    shards = open_cached(trial.set_path)
+    feed = batches(shards, batch=config.batch, seed=trial.seed, images_seen=images, streams=1,
                    subset=np.asarray(target.support_indices, np.int64))
+    if trial.corruption is None:
+        return feed
+    rows = {name: row for row, name in enumerate(shards.samples["key"][list(target.support_indices)].tolist())}
+    return (replace(batch, images=target.support[[rows[name] for name in batch.names.tolist()]]) for batch in feed)
 
 
 def _plan(trial: Trial, recipe: TrainingRecipe, until: int) -> Plan:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
 from training.config import Config, field_paths, operational
+from training.corruption import Corruption
 from training.methods import METHODS
 from training.recipe import AdaptationConfig, check_address
 from tune_spaces.space import Axis, check_axis
@@ -24,8 +26,35 @@ class TargetConfig(Config):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name or self.set.rstrip("/").rpartition("/")[2]).strip("-.") or "domain"
 
 
+class CorruptionAxis(Config):
+    kind: Literal["noise", "occlusion", "mislabelled"] = Field(
+        description="what is done to images of the support pool: noise, occlusion, or mislabelled: images of the source among "
+                    "them")
+    shares: tuple[float, ...] = Field(
+        (0.0, 0.1, 0.2, 0.4), min_length=1, description="shares of the pool; each makes a domain of every target, with a "
+                                                        "control of its own; 0 is the target as it is")
+
+    @field_validator("shares")
+    @classmethod
+    def _shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(shares)) < len(shares) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError("shares must lie between 0 and 1 and differ")
+        return shares
+
+
+class Domain(NamedTuple):
+    """What a race is run on."""
+
+    name: str
+    target: str  # its name without the corruption
+    set: str
+    corruption: Corruption | None
+
+
 class FanoutConfig(Config):
     targets: tuple[TargetConfig, ...] = Field((), description="target domains")
+    corruption: CorruptionAxis | None = Field(None, description="spoil a share of each target's support pool, to see what the "
+                                                                "methods make of it")
     methods: tuple[str, ...] = Field(("scratch", "finetune"), description="methods compared; scratch is always among them")
     space: dict[str, Axis] = Field(
         default_factory=dict,
@@ -61,7 +90,7 @@ class FanoutConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> FanoutConfig:
-        domains = [target.domain for target in self.targets]
+        domains = [domain.name for domain in self.domains()]
         for domain in domains:
             if domains.count(domain) > 1:
                 raise ValueError(f"two targets are called {domain!r}; give one of them another name")
@@ -69,3 +98,14 @@ class FanoutConfig(Config):
             raise ValueError(f"{self.candidates} candidates are too few for {self.rungs} rungs that keep one in "
                              f"{self.reduction}; use at least {self.reduction ** (self.rungs - 1)}")
         return self
+
+    def domains(self) -> Iterator[Domain]:
+        """The targets, each once for every share of corruption."""
+        shares = self.corruption.shares if self.corruption else (0.0,)
+        for target in self.targets:
+            for share in shares:
+                if self.corruption and share:
+                    corruption = Corruption(kind=self.corruption.kind, share=share)
+                    yield Domain(f"{target.domain}-{corruption.kind}-{100 * share:g}", target.domain, target.set, corruption)
+                else:
+                    yield Domain(target.domain, target.domain, target.set, None)

@@ -12,18 +12,18 @@ from training.methods import METHODS
 from training.recipe import TrainingRecipe
 from training.source import set_place
 from training.trial import Trial, trial_id
-from tune_spaces.config import FanoutConfig
+from tune_spaces.config import Domain, FanoutConfig
 from tune_spaces.halving import SCHEDULERS, Ladder, winner
 from tune_spaces.space import candidates, fair_count
 
 
 @dataclass(frozen=True)
 class Start:
-    """Weights that methods begin from: "pretrain" or "meta:<trial>"."""
+    """Weights that methods begin from: "pretrain" or "meta:<trial>"; "scratch" has no checkpoint."""
 
     name: str
-    checkpoint: str
-    sha256: str
+    checkpoint: str | None
+    sha256: str | None
 
 
 class Named(NamedTuple):
@@ -65,27 +65,28 @@ def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Sta
     method of a domain."""
     count = fair_count(fanout.space, fanout.methods, fanout.candidates)
     found = []
-    for target in fanout.targets:
-        path = set_place(recipe.data, target.set)
+    for domain in fanout.domains():
+        path = set_place(recipe.data, domain.set)
         for method in fanout.methods:
-            make = functools.partial(_named, recipe, target.domain, path, method, starts.get(METHODS[method].weights))
+            make = functools.partial(_named, recipe, domain, path, method, starts.get(METHODS[method].weights))
             drawn = candidates(fanout.space, method, count, recipe.seed)
             ladder = Ladder(len(drawn), min(fanout.rungs, 1 + int(math.log(len(drawn), fanout.reduction) + 1e-9)),
                             fanout.reduction)
             budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch)
                             for rung in range(ladder.rungs))
             found.append(Race(
-                target.domain, method, fanout.scheduler, ladder, budgets,
+                domain.name, method, fanout.scheduler, ladder, budgets,
                 search=tuple(make(recipe.seed, "search", values) for values in drawn),
                 finals=tuple(tuple(make(recipe.seed + 1 + i, "final", values) for i in range(fanout.seeds))
                              for values in drawn)))
     return found
 
 
-def _named(recipe: TrainingRecipe, domain: str, path: str, method: str, start: Start | None, seed: int,
+def _named(recipe: TrainingRecipe, domain: Domain, path: str, method: str, start: Start | None, seed: int,
            phase: Literal["search", "final"], values: Mapping[str, Any]) -> Named:
-    trial = Trial(domain, path, method, seed, phase, start.name if start else "scratch", start.checkpoint if start else None,
-                  start.sha256 if start else None, dict(values))
+    begin = start or Start("scratch", None, None)
+    trial = Trial(domain.name, path, method, seed, phase, begin.name, begin.checkpoint, begin.sha256, dict(values),
+                  domain.corruption, domain.target)
     return Named(trial, trial_id(trial, recipe))
 
 

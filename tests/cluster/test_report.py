@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from cluster.report import build_report, leaderboard_text
+from cluster.report import build_report, leaderboard_text, robustness_charts
 from cluster.report_charts import Point, Series, line_chart, linear_ticks, log_ticks, spread
 from cluster.report_text import caveat, decimals, headline, metric_name, number
 from data_shards.errors import UserError
@@ -116,6 +116,16 @@ def verdict_of(rows: list[dict[str, Any]], domain: str, method: str) -> dict[str
             "detectable_gain": 2 * half, "kid_mean": statistics.fmean(kids(method)),
             "copy_rate_mean": statistics.fmean(row["copy_rate"] for row in mine),
             "disqualified": sum(row["disqualified"] for row in mine)}
+
+
+def test_gain_is_drawn_against_the_share_of_corrupted_images() -> None:
+    verdicts = [{"domain": f"sun-{share}", "target": "sun", "method": "finetune", "gain_over_scratch": 10 - 9 * share,
+                 "gain_ci95": [9 - 9 * share, 11 - 9 * share],
+                 "corruption": {"kind": "noise", "share": share} if share else None} for share in (0.0, 0.2, 0.4)]
+    (chart,) = robustness_charts(verdicts, ["scratch", "finetune"])
+    assert "gain against noise on sun" in chart and "% of the support pool" in chart
+    assert chart.count("<circle") + chart.count('<path class="square"') == 3
+    assert robustness_charts([verdicts[0]], ["finetune"]) == [], "nothing was corrupted"
 
 
 def synthetic_run(run: Path, domains: tuple[str, ...] = DOMAINS) -> Path:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from data_shards.errors import UserError
 from training.augment import NO_AUGMENTATION
 from training.checkpoint import latest_valid, load_checkpoint, prune, save_checkpoint, step_folder
 from training.config import content_id, result_fields
+from training.corruption import corrupt_source
 from training.draws import generator, latents
 from training.engines import Engine, EngineConfig, make_engine, whole_weights
 from training.events import append_event, cut_events
@@ -81,14 +83,17 @@ def run_task(shared: Shared, task: Task) -> TaskResult:
     networks = make_networks(training, source.manifest.image_shape, 0)
     for name, network in networks.items():
         load_weights(network, shared.weights[name], what=f"the shared {name}")
+    read = partial(batches, source, seed=task.seed, streams=1)
+    spoilt = partial(corrupt_source, corruption=shared.recipe.data.corruption, seed=shared.recipe.seed,
+                     classes=training.generator.classes)
     plan = Plan(until=config.inner_steps * config.inner_batch, batch=config.inner_batch, seed=task.seed,
                 latent_dim=training.generator.latent_dim, lr=dict.fromkeys(networks, config.inner_lr),
                 weights=training.weights(warm=True), ema_halflife_images=0.0, precision=training.precision)
     gradients, metrics = rule.gradients(Inner(
         networks, FAMILIES[training.family].phases(training.on_one_process(), NO_AUGMENTATION), plan,
         {name: inner_optimizer(config, own) for name, own in training.optimizers().items()}, config.inner_parts,
-        support=batches(source, batch=config.inner_batch, seed=task.seed, streams=1, subset=support),
-        queries=batches(source, batch=config.queries, seed=task.seed, streams=1, subset=queries) if rule.queries else iter(()),
+        support=spoilt(read(batch=config.inner_batch, subset=support)),
+        queries=spoilt(read(batch=config.queries, subset=queries)) if rule.queries else iter(()),
         query_count=config.queries))
     buffers = {name: dict(network.named_buffers()) for name, network in networks.items()}
     return TaskResult(_on_cpu(gradients), _on_cpu(buffers), metrics)
