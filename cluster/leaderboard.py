@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
+
+from scipy.special import stdtrit
 
 from cluster.recipe import Recipe
 from data_shards.errors import UserError
@@ -31,6 +34,7 @@ def build_leaderboard(recipe: Recipe, run: Path, rows: Sequence[Mapping[str, Any
         row |= {key: found[key] if found and row["phase"] == "final" else None
                 for key in ("gain_over_scratch", "gain_ci95", "seeds", "verdict", "detectable_gain")}
     board = {"schema_version": SCHEMA_VERSION, "contract": contract, "rows": judged, "verdicts": verdicts,
+             "methods": over_domains(verdicts, rows, costs, recipe.fanout.confidence),
              "costs": {**costs, "pays_from_domains": _pays_from(run, rows, verdicts, costs)}}
     write_json(run / "leaderboard.json", board)
     return board
@@ -88,6 +92,50 @@ def verdicts_over(rows: Sequence[Mapping[str, Any]], alpha: float) -> list[dict[
     return verdicts
 
 
+def over_domains(verdicts: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], costs: Mapping[str, float],
+                 confidence: float) -> list[dict[str, Any]]:
+    """Each method over all its domains: its mean gain with a t interval over the domains, how often it helped and hurt, and
+    what it cost; best gain first.
+
+    A domain counts once, whatever its number of seeds. ``seconds`` is the mean of a final trial, ``shared_seconds`` what was
+    paid once for all domains.
+    """
+    found = []
+    for method in dict.fromkeys(verdict["method"] for verdict in verdicts):
+        own = [verdict for verdict in verdicts if verdict["method"] == method]
+        gains = [verdict["gain_over_scratch"] for verdict in own if verdict["gain_over_scratch"] is not None]
+        spent = [row["seconds"] for row in rows
+                 if (row["method"], row["phase"], row["status"]) == (method, "final", "finished")]
+        states = Counter("disqualified" if verdict["disqualified"] else verdict["verdict"] for verdict in own)
+        diversity = [verdict["intra_distance_mean"] for verdict in own if verdict["intra_distance_mean"] is not None]
+        found.append({
+            "method": method, "domains": len(own), "gain_mean": fmean(gains) if gains else None,
+            "gain_ci95": _interval(gains, confidence),
+            **{state: states[state] for state in ("positive", "neutral", "negative", "disqualified")},
+            "kid_mean": fmean(verdict["kid_mean"] for verdict in own),
+            "copy_rate_mean": fmean(verdict["copy_rate_mean"] for verdict in own),
+            "coverage_mean": fmean(verdict["coverage_mean"] for verdict in own),
+            "intra_distance_mean": fmean(diversity) if diversity else None,
+            "seconds": round(fmean(spent), 2) if spent else None, "shared_seconds": _shared(METHODS[method], costs)})
+    return sorted(found, key=lambda each: (each["gain_mean"] is None, -(each["gain_mean"] or 0.0)))
+
+
+def _interval(values: Sequence[float], confidence: float) -> list[float] | None:
+    """The t interval of their mean; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    half = float(stdtrit(len(values) - 1, 0.5 + confidence / 2)) * stdev(values) / len(values) ** 0.5
+    return [fmean(values) - half, fmean(values) + half]
+
+
+def _shared(method: Method, costs: Mapping[str, float]) -> float:
+    """Seconds that a method owes to what is done once for all domains."""
+    if method.start == "scratch":
+        return 0.0
+    meta = costs.get(f"meta_{method.rule}_seconds", 0.0) if method.rule else 0.0
+    return round(costs.get("pretrain_seconds", 0.0) + meta, 1)
+
+
 def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]],
                costs: Mapping[str, float]) -> dict[str, float | None]:
     """Per method that shares a cost: from how many domains it is earned back, null where nothing is saved.
@@ -95,9 +143,6 @@ def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[
     What a domain saves is the time its scratch trials spent beyond the point where the method was already as good: the
     method's first evaluation whose mean selection KID is at most scratch's last, as a share of the budget.
     """
-    def shared(method: Method) -> float:
-        return costs.get("pretrain_seconds", 0.0) + (costs.get(f"meta_{method.rule}_seconds", 0.0) if method.rule else 0.0)
-
     paid: dict[str, float | None] = {}
     for method in {row["method"] for row in rows}:
         if METHODS[method].start == "scratch" or not METHODS[method].judged:
@@ -111,7 +156,7 @@ def _pays_from(run: Path, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[
                 reached = [images for images in sorted(ours) if ours[images] <= goal]
                 saved.append(seconds * (1 - reached[0] / budget) if reached else 0.0)
         mean = fmean(saved) if saved else 0.0
-        paid[method] = round(shared(METHODS[method]) / mean, 1) if mean > 0 else None
+        paid[method] = round(_shared(METHODS[method], costs) / mean, 1) if mean > 0 else None
     return paid
 
 

@@ -113,6 +113,7 @@ def collect(run: Path) -> dict[str, Any]:
                  for path in sorted((run / "meta").glob("*/events.jsonl"))},
         "contract": board.get("contract") or {}, "costs": board.get("costs") or {},
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else None,
+        "over_domains": board.get("methods") or [],
         "compared_with": {method: said for method in methods if (said := compared_with(method))},
         "symbols": SYMBOLS, "key": {method: key(style) for style, method in enumerate(methods)},
     }

@@ -180,10 +180,34 @@ def leaderboard_table(leaderboard: Mapping[str, Any]) -> Table:
     return table
 
 
+def methods_table(leaderboard: Mapping[str, Any]) -> Table:
+    """One line per method, over all domains."""
+    found = leaderboard.get("methods") or []
+    places, diverse = decimals(m.get("gain_mean") for m in found), decimals(m.get("intra_distance_mean") for m in found)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("method", no_wrap=True)
+    for name in ("mean gain [95 %]", SYMBOLS["positive"], SYMBOLS["neutral"], SYMBOLS["negative"], SYMBOLS["disqualified"],
+                 "copies", "coverage", "diversity", "a trial", "shared"):
+        table.add_column(name, justify="right")
+    for m in found:
+        said = compared_with(m.get("method"))
+        gained = with_interval(signed(m.get("gain_mean"), places), m.get("gain_ci95"), places)
+        table.add_row(Text(str(m.get("method"))), Text(gained),
+                      *(Text("" if said and state != "disqualified" else count(m.get(state)))
+                        for state in ("positive", "neutral", "negative", "disqualified")),
+                      Text(percent(m.get("copy_rate_mean"))), Text(number(m.get("coverage_mean"), 2)),
+                      Text(number(m.get("intra_distance_mean"), diverse)), Text(duration(m.get("seconds"))),
+                      Text(duration(m.get("shared_seconds"))))
+    return table
+
+
 def leaderboard_text(leaderboard: Mapping[str, Any], width: int = 100) -> str:
-    """The table as plain text of at most ``width`` columns."""
+    """The table as plain text of at most ``width`` columns; below it, where there are several domains, that of the methods."""
     console = Console(width=width, file=io.StringIO(), color_system=None, force_terminal=False)
     console.print(leaderboard_table(leaderboard))
+    if any(method.get("domains", 0) > 1 for method in leaderboard.get("methods") or []):
+        console.print()
+        console.print(methods_table(leaderboard))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -60,6 +60,9 @@ class FanoutConfig(Config):
         default_factory=dict,
         description="searched fields of `adaptation`: a list of values, {uniform: [a, b]} or {loguniform: [a, b]}; a method "
                     "varies only those that it reads")
+    settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="fields of `adaptation` that a method has otherwise, by method: {reptile: {lr: 1e-3}}; "
+                                          "what the space searches goes before")
     candidates: int = Field(4, ge=1, description="search trials of each method in each domain, the control's included")
     rungs: int = Field(2, ge=1, description="rungs of successive halving; the last one is the whole budget")
     reduction: int = Field(2, ge=2, description="of each rung, one in so many goes on; budgets grow by the same factor")
@@ -87,6 +90,18 @@ class FanoutConfig(Config):
                 raise ValueError(f"no method searches {name!r}; searchable: {', '.join(readable)}")
             check_axis(name, axis)
         return space
+
+    @field_validator("settings")
+    @classmethod
+    def _readable(cls, settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for method, values in settings.items():
+            if method not in METHODS:
+                raise ValueError(f"there is no method {method!r}; known: {', '.join(METHODS)}")
+            for name in values:
+                if name not in METHODS[method].hyperparameters:
+                    known = ", ".join(METHODS[method].hyperparameters)
+                    raise ValueError(f"the method {method} reads no {name!r}; it reads {known or 'none'}")
+        return settings
 
     @model_validator(mode="after")
     def _consistent(self) -> FanoutConfig:

@@ -69,7 +69,8 @@ def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Sta
         path = set_place(recipe.data, domain.set)
         for method in fanout.methods:
             make = functools.partial(_named, recipe, domain, path, method, starts.get(METHODS[method].weights))
-            drawn = candidates(fanout.space, method, count, recipe.seed)
+            own = {f"adaptation.{name}": value for name, value in fanout.settings.get(method, {}).items()}
+            drawn = [{**own, **values} for values in candidates(fanout.space, method, count, recipe.seed)]
             ladder = Ladder(len(drawn), min(fanout.rungs, 1 + int(math.log(len(drawn), fanout.reduction) + 1e-9)),
                             fanout.reduction)
             budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cluster.fanout import Board
-from cluster.leaderboard import build_leaderboard, contract_of
+from cluster.leaderboard import build_leaderboard, contract_of, over_domains
 from cluster.recipe import Recipe
+from cluster.report import leaderboard_text
 from cluster.run import failures
 from data_shards import UserError, load_images, open_set
 from data_shards.files import write_json
@@ -91,6 +92,30 @@ def test_a_plan_played_to_its_end(board: Board) -> None:
     assert verdict["gain_over_scratch"] == pytest.approx(4.0)
     assert verdict["verdict"] == "positive"
     assert json.loads((board.run / "leaderboard.json").read_text()) == leaderboard
+
+
+def test_methods_are_summed_up_over_domains_of_which_each_counts_once() -> None:
+    gains: dict[str, Any] = {"finetune": [4.0, 6.0, -1.0], "copier": [9.0, 9.0, 9.0], "scratch": [None] * 3}
+    states: dict[str, Any] = {"finetune": ["positive", "positive", "negative"], "copier": [None] * 3, "scratch": [None] * 3}
+    verdicts = [{"domain": f"d{i}", "method": method, "gain_over_scratch": gains[method][i], "verdict": states[method][i],
+                 "disqualified": 2 if method == "copier" else 0, "kid_mean": 1.0 + i, "copy_rate_mean": 0.1 * i,
+                 "coverage_mean": 0.5, "intra_distance_mean": None if i else 2.0}
+                for method in gains for i in range(3)]
+    rows = [{"method": "finetune", "phase": phase, "status": "finished", "seconds": seconds}
+            for phase, seconds in (("final", 2.0), ("final", 4.0), ("search", 100.0))]
+    copier, finetune, scratch = over_domains(verdicts, rows, {"pretrain_seconds": 30.0, "meta_reptile_seconds": 9.0}, 0.95)
+    assert [each["method"] for each in (copier, finetune, scratch)] == ["copier", "finetune", "scratch"]
+    assert (finetune["positive"], finetune["neutral"], finetune["negative"], finetune["disqualified"]) == (2, 0, 1, 0)
+    assert copier["disqualified"] == 3 and scratch["gain_mean"] is None and scratch["gain_ci95"] is None
+    half = 4.302653 * (13 ** 0.5) / 3 ** 0.5  # t of 2 degrees of freedom; the gains' variance is 13
+    assert finetune["gain_mean"] == pytest.approx(3.0)
+    assert finetune["gain_ci95"] == pytest.approx([3 - half, 3 + half], rel=1e-5)
+    assert (finetune["seconds"], finetune["shared_seconds"], copier["shared_seconds"]) == (3.0, 30.0, 0.0)
+    assert finetune["copy_rate_mean"] == pytest.approx(0.1) and finetune["intra_distance_mean"] == 2.0
+    text = leaderboard_text({"verdicts": verdicts, "rows": rows, "methods": [copier, finetune, scratch]}, 140)
+    summed = text.split("mean gain")[1].splitlines()
+    assert [line.split()[0] for line in summed[1:4]] == ["copier", "finetune", "scratch"]
+    assert "+3.00 [−5.96, 11.96]" in summed[2]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7, 11])

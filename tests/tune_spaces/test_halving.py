@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.toy import toy_recipe, toy_set
 from training.methods import METHODS
 from tune_spaces.config import FanoutConfig, TargetConfig
 from tune_spaces.halving import SCHEDULERS, Ladder, asha, halving, winner
+from tune_spaces.plan import races
 from tune_spaces.space import Axis, candidates, fair_count
 
 LADDER = Ladder(candidates=4, rungs=3, reduction=2)
@@ -95,11 +98,25 @@ def test_intervals_are_drawn_within_their_bounds() -> None:
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"methods": ["finetun"]}, "there is no method 'finetun'"), ({"space": {"shots": [1]}}, "no method searches 'shots'"),
     ({"space": {"lr": []}}, "at least one and different"), ({"space": {"lr": {"loguniform": [0, 1]}}}, "positive"),
-    ({"candidates": 2, "rungs": 3}, "too few for 3 rungs"),
+    ({"candidates": 2, "rungs": 3}, "too few for 3 rungs"), ({"settings": {"cd": {"lr": 1}}}, "there is no method 'cd'"),
+    ({"settings": {"finetune": {"ewc.weight": 1}}}, "finetune reads no 'ewc.weight'; it reads lr, r1"),
     ({"targets": [{"set": "a/x"}, {"set": "b/x"}]}, "two targets are called 'x'")])
 def test_a_wrong_fan_out_is_refused(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         FanoutConfig.model_validate(change)
+
+
+def test_a_methods_own_settings_are_those_of_all_its_trials(tmp_path: Path) -> None:
+    toy_set(tmp_path / "source")
+    toy_set(tmp_path / "target", train=24, reference=24)
+    fanout = FanoutConfig.model_validate({
+        "targets": [{"set": "target"}], "methods": ["scratch", "structure", "density"], "space": {"r1": [1.0, 2.0]},
+        "settings": {"scratch": {"lr": 3e-4, "r1": 9.0}}, "candidates": 2, "rungs": 1})
+    scratch, structure, _ = races(toy_recipe(tmp_path), fanout, {})
+    assert [named.trial.hyperparameters for named in scratch.search] == [
+        {"adaptation.lr": 3e-4, "adaptation.r1": 1.0}, {"adaptation.lr": 3e-4, "adaptation.r1": 2.0}]
+    assert [named.trial.hyperparameters for named in structure.search] == [{}]
+    assert all(named.trial.hyperparameters["adaptation.lr"] == 3e-4 for seeds in scratch.finals for named in seeds)
 
 
 def test_scratch_is_always_among_the_methods_and_names_are_safe_folders() -> None:
