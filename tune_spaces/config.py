@@ -61,7 +61,7 @@ class FanoutConfig(Config):
         description="searched fields of `adaptation`: a list of values, {uniform: [a, b]} or {loguniform: [a, b]}; a method "
                     "varies only those that it reads")
     settings: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="fields of `adaptation` that a method has otherwise, by method: {reptile: {lr: 1e-3}}; "
+        default_factory=dict, description="fields of `adaptation` that a method has otherwise, such as {reptile: {lr: 1e-3}}; "
                                           "what the space searches goes before")
     candidates: int = Field(4, ge=1, description="search trials of each method in each domain, the control's included")
     rungs: int = Field(2, ge=1, description="rungs of successive halving; the last one is the whole budget")
