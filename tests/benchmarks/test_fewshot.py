@@ -66,7 +66,8 @@ def test_two_methods_are_compared_domain_by_domain() -> None:
 def test_the_short_form_by_every_method_on_real_drawings(tmp_path: Path) -> None:
     settings = {
         "training.images": 1024, "training.generator": "{channels: 8, latent_dim: 16}",
-        "training.discriminator": "{channels: 8}", "training.snapshot_every_images": 512, "data.root": str(tmp_path / "data"), "evaluation.samples": 40,
+        "training.discriminator": "{channels: 8}", "training.snapshot_every_images": 512,
+        "data.root": str(tmp_path / "data"), "evaluation.samples": 40,
         "evaluation.encoder_images": 1024, "evaluation.encoder_threads": 1, "meta.steps": 2, "meta.inner_steps": 2,
         "meta.tasks": 2, "meta.also": "{fomaml: {}, maml: {inner_optimizer: sgd}}", "adaptation.batch": 12, "fanout.seeds": 2,
         "adaptation.ewc.samples": 8, "fanout.targets": "[{set: quickdraw/validation/sun}, {set: quickdraw/validation/bat}]",
