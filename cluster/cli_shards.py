@@ -18,8 +18,8 @@ ShardFolder = Annotated[str, typer.Argument(metavar="SET", help="A folder of sha
 
 
 @shards.command(epilog="Example: graft shards fetch quickdraw")
-def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, mnist, kanjivg, cifar10, "
-                                                                "kanjivg-strokes or words")],
+def fetch(name: Annotated[str, typer.Argument(metavar="NAME", help="quickdraw, mnist, fashion-mnist, kanjivg, "
+                                                                "cifar10, emoji, histology, kanjivg-strokes or words")],
           root: Annotated[Path, typer.Option(help="Folder that holds all sets.")] = Path("data")) -> None:
     """Get a dataset by name and pack its sets; what is there and intact is kept."""
     from cluster.progress import counting

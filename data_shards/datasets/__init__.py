@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_shards.datasets import cifar10, kanjivg, kanjivg_strokes, mnist, quickdraw, words
+from data_shards.datasets import (
+    cifar10,
+    emoji,
+    fashion_mnist,
+    histology,
+    kanjivg,
+    kanjivg_strokes,
+    mnist,
+    quickdraw,
+    words,
+)
 from data_shards.datasets.download import Archive, get_archive
 from data_shards.datasets.plan import SetPlan
 from data_shards.errors import UserError
@@ -48,6 +58,9 @@ DATASETS: dict[str, Dataset] = {
     "mnist": Dataset(mnist.ARCHIVE, mnist.VERSION, mnist.sets, mnist.SETS),
     "kanjivg": Dataset(kanjivg.ARCHIVE, kanjivg.VERSION, kanjivg.sets, kanjivg.SETS),
     "cifar10": Dataset(cifar10.ARCHIVE, cifar10.VERSION, cifar10.sets, cifar10.SETS),
+    "fashion-mnist": Dataset(fashion_mnist.ARCHIVE, fashion_mnist.VERSION, fashion_mnist.sets, fashion_mnist.SETS),
+    "emoji": Dataset(emoji.ARCHIVE, emoji.VERSION, emoji.sets, emoji.SETS),
+    "histology": Dataset(histology.ARCHIVE, histology.VERSION, histology.sets, histology.SETS),
     "kanjivg-strokes": Dataset(
         kanjivg_strokes.ARCHIVE, kanjivg_strokes.VERSION, kanjivg_strokes.sets, kanjivg_strokes.SETS
     ),

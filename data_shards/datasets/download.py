@@ -16,11 +16,15 @@ from data_shards.files import hash_file
 from data_shards.tarfiles import local_path
 
 TIMEOUT_S = 900
+PINNED = "pinned.txt"  # the requirements file in which pip reads a source archive's hash
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A package at a registry ("npm" or "pypi"), the file its client delivers, and that file's sha256."""
+    """A package at a registry ("npm" or "pypi"), the file its client delivers, and that file's sha256.
+
+    A file of PyPI that is no wheel is a source archive, of which pip runs the setup.py: read that before you pin one.
+    """
 
     registry: str
     package: str
@@ -44,6 +48,8 @@ def get_archive(archive: Archive) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        pinned = f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n"
+        (Path(folder) / PINNED).write_text(pinned, encoding="utf-8")
         _run(_command(archive), Path(folder), archive, path)
         found = Path(folder) / archive.filename
         digest = hash_file(found) if found.is_file() else "missing"
@@ -57,10 +63,13 @@ def get_archive(archive: Archive) -> Path:
 
 
 def _command(archive: Archive) -> list[str]:
-    """The client's command line; it delivers into the working folder and runs nothing out of the package."""
+    """The client's command line; it delivers into the working folder and runs nothing out of the package, but for the
+    setup.py of a source archive, and that only after its hash was checked."""
     if archive.registry == "pypi":
-        wanted = f"{archive.package}=={archive.version}"
-        return [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", wanted]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        if archive.filename.endswith(".whl"):
+            return [*pip, "--only-binary=:all:", f"{archive.package}=={archive.version}"]
+        return [*pip, f"--no-binary={archive.package}", "--require-hashes", "--requirement", PINNED]
     assert archive.registry == "npm"
     arguments = ["pack", "--ignore-scripts", f"{archive.package}@{archive.version}"]
     if npm := shutil.which("npm"):
@@ -81,6 +90,5 @@ def _run(command: list[str], folder: Path, archive: Archive, path: Path) -> None
         raise UserError(f"{command[0]} cannot be run to get {wanted} ({error.strerror}); {remedy}") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(
-            f"{archive.registry} could not deliver {wanted} ({lines[-1][:200] if lines else 'no reason'}); {remedy}"
-        )
+        said = [line for line in lines if line.startswith("ERROR:")] or lines  # pip goes on after what went wrong
+        raise UserError(f"{archive.registry} could not deliver {wanted} ({said[-1][:200] if said else 'no reason'}); {remedy}")

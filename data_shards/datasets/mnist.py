@@ -67,14 +67,15 @@ def parse_idx(data: bytes, name: str) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _pad(image: np.ndarray) -> np.ndarray:
+def padded(image: np.ndarray) -> np.ndarray:
+    """Puts an image (h, h) in the middle of (1, 32, 32), on black."""
     border = (SIDE - image.shape[0]) // 2
     return np.pad(image, border)[None]
 
 
 def _source_samples(images: np.ndarray, labels: np.ndarray) -> Iterator[Sample]:
     for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-        yield Sample(f"train-{number:05d}", _pad(image), label)
+        yield Sample(f"train-{number:05d}", padded(image), label)
 
 
 def _target_samples(data: dict[str, tuple[np.ndarray, np.ndarray]], digit: int) -> Iterator[Sample]:
@@ -82,4 +83,4 @@ def _target_samples(data: dict[str, tuple[np.ndarray, np.ndarray]], digit: int) 
         images, labels = data[part]
         choice = np.random.RandomState(0).permutation(np.flatnonzero(labels == digit))[:count]
         for number in np.sort(choice).tolist():
-            yield Sample(f"{part}-{number:05d}", _pad(images[number]), 0, split)
+            yield Sample(f"{part}-{number:05d}", padded(images[number]), 0, split)
