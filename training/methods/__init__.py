@@ -7,6 +7,7 @@ from training.methods import (
     bsa,
     bss,
     cdc,
+    converter,
     density,
     distill,
     ewc,
@@ -51,4 +52,5 @@ METHODS: dict[str, Method] = {
     "minegan": minegan.METHOD,
     "cdc": cdc.METHOD,
     "rssa": rssa.METHOD,
+    "converter": converter.METHOD,
 }
