@@ -207,8 +207,8 @@ def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_pa
     return {**row, **scores, "contract": found}
 
 
-def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -> tuple[State, Sequence[Phase],
-                                                                                                Iterator[Batch]]:
+def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path,
+           target: Target) -> tuple[State, Sequence[Phase], Iterator[Batch]]:
     """The trial's state, at its start or where it was left, what its steps run, and the batches that they see."""
     config, method, family = recipe.adaptation, METHODS[trial.method], FAMILIES[recipe.training.family]
     networks = make_networks(recipe.training, target.image_shape, trial.seed)

@@ -1,9 +1,9 @@
 """A converter of domains: a CycleGAN (Zhu et al. 2017) between the source set and the support images turns source images into
 target images, which then stand in a share of the places of each batch on which G and D are adapted.
 
-The CycleGAN is trained first, from fresh weights, on the first share of the trial's images. Batches enter the budget as they
-are, translated or not: no trial sees more support images than that of another method. What comes of it stays as it is, beside
-the networks in a search trial's checkpoint: trained again at each rung it would cost as much again, and on a GPU be another.
+The CycleGAN is trained first, from fresh weights, on the first share of the trial's images, and a translated image counts as a
+support image does: no trial sees more of them than that of another method. Its translator stays as it then is, in a file of a
+search trial's checkpoint: trained again at each rung it would cost as much each time, and on a GPU be another one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from training.world import World, device
 if TYPE_CHECKING:
     from training.recipe import TrainingRecipe
 
-BETAS = (0.5, 0.999)  # of Adam in the paper's section 5.1 and its code
+BETAS = (0.5, 0.999)  # of Adam in the authors' code
 
 
 class ConverterConfig(CycleganConfig):
@@ -51,7 +51,7 @@ class ConverterConfig(CycleganConfig):
     channels: int = Field(16, ge=1, description="channels of the translators and of their discriminators at full resolution; "
                                                 "the paper has 64")
     lr: Schedule = Field(1e-3, description="learning rate of the translators and of their discriminators; the paper has 2e-4, "
-                                           "and 1,000 times as many steps")
+                                           "for far more steps")
 
     _lr = field_validator("lr")(check_schedule)
 
@@ -159,5 +159,4 @@ def _train(networks: Mapping[str, nn.Module], adaptation: Adaptation, images: in
 
 
 METHOD = Method(start="pretrain", prepare=add_translator, batches=mix, reads=what_it_reads,
-                hyperparameters=("lr", "r1", "converter.share", "converter.ratio", "converter.channels", "converter.blocks",
-                                 "converter.lr", "converter.cycle", "converter.identity"))
+                hyperparameters=("lr", "r1", *(f"converter.{name}" for name in ConverterConfig.model_fields)))

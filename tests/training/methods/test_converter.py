@@ -1,4 +1,4 @@
-"""The converter: which places of a batch are translated and by what, its own stage, and trials as long and as exact as others."""
+"""The converter: which places of a batch are translated and by what, its own stage, and trials as exact as any other's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.toy import toy_set
 from tests.training.methods.start import adaptation_of, recipe_of, start_of, trial_of, weights_of
 from training import trial as trials
 from training.draws import generator as draw
+from training.loop import train
 from training.methods import METHODS, Adaptation, converter
 from training.methods.converter import translated_places
 from training.methods.method import Method
@@ -27,6 +28,7 @@ from training.models.translation import Translator
 from training.networks import make_networks
 from training.pictures import translate
 from training.recipe import TrainingRecipe
+from training.source import rooted, source_parts
 from training.target import support_indices
 from training.trial import run_trial, trial_id
 
@@ -46,9 +48,9 @@ def feed_of(run: Path, recipe: TrainingRecipe, images: int) -> Iterator[Images]:
 
 def sources_of(run: Path, recipe: TrainingRecipe, images: int) -> Iterator[Images]:
     """The source's, likewise."""
-    return batches(open_set(run.parent / "source"), batch=recipe.adaptation.batch, images_seen=images,
-                   seed=draw(1, "converter source", 0).initial_seed(), subset=converter.source_parts(
-                       recipe.data, open_set(run.parent / "source"))[0].subset)
+    source = open_set(run.parent / "source")
+    return batches(source_parts(recipe.data, source), batch=recipe.adaptation.batch, images_seen=images,
+                   seed=draw(1, "converter source", 0).initial_seed())
 
 
 def reading(run: Path, recipe: TrainingRecipe) -> Adaptation:
@@ -116,15 +118,13 @@ def test_without_translated_images_it_is_finetune_after_the_translators_share(ru
 def test_g_and_d_are_adapted_on_what_the_trained_translator_makes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches of a trial, from the translator in its checkpoint and images read by hand."""
     recipe, seen = converted(run.parent, share=0.5, ratio=0.75), []
-    plain = trials.train
-
     def noting(state: Any, phases: Any, feed: Iterator[Images], *arguments: Any, **named: Any) -> Any:
         def noted() -> Iterator[Images]:
             for given in feed:
                 seen.append(given)
                 yield given
 
-        return plain(state, phases, noted(), *arguments, **named)
+        return train(state, phases, noted(), *arguments, **named)
 
     monkeypatch.setattr(trials, "train", noting)
     trial = trial_of(run, recipe, "converter", domain="translated")
@@ -191,17 +191,31 @@ def test_its_id_follows_its_settings_and_the_sources_content(run: Path, tmp_path
     identity = trial_id(trial_of(run, recipe, "converter"), recipe)
     others = {method: trial_id(trial_of(run, recipe, method), recipe) for method in ("finetune", "minegan", "scratch")}
     toy_set(tmp_path / "source", seed=9)
-    unlike = [*(converted(run.parent, **{key: value}) for key, value in (
-        ("share", 0.3), ("ratio", [[0, 0.5], [32, 0.0]]), ("channels", 5), ("blocks", 3), ("halvings", 2), ("cycle", 5.0),
-        ("identity", 0.0), ("history", 9), ("lr", 2e-4))),
-        converted(run.parent, {"data.root": str(tmp_path)}), converted(run.parent, {"data.class_weights": {"bar": 1.0}}),
-        converted(run.parent, {"data.window": 64})]
+    section: dict[str, Any] = {"share": 0.3, "ratio": [[0, 0.5], [32, 0.0]], "channels": 5, "blocks": 3, "halvings": 2,
+                               "cycle": 5.0, "identity": 0.0, "history": 9, "lr": 2e-4}
+    assert {f"converter.{key}" for key in section} < set(METHODS["converter"].hyperparameters)
+    unlike = [*(converted(run.parent, **{key: value}) for key, value in section.items()),
+              *(converted(run.parent, settings) for settings in (
+                  {"data.root": str(tmp_path)}, {"data.class_weights": {"bar": 1.0}}, {"data.window": 64}))]
     for other in unlike:
         assert trial_id(trial_of(run, recipe, "converter"), other) != identity
         assert {method: trial_id(trial_of(run, recipe, method), other) for method in others} == others
     shutil.copytree(run.parent / "source", tmp_path / "moved" / "source")
     moved = converted(run.parent, {"data.root": str(tmp_path / "moved"), "adaptation.minegan.share": 0.5})
     assert trial_id(trial_of(run, recipe, "converter"), moved) == identity
+
+
+def test_a_worker_with_another_working_directory_finds_the_source(run: Path, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    here = converted(Path(run.parent.name))
+    trial, sent = trial_of(run, here, "converter"), rooted(here)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no folder of shards at"):
+        trial_id(trial, here)
+    assert trial_id(trial, sent) == trial_id(trial, converted(run.parent))
+    far = converted(run.parent, {"data.root": "s3://bucket/sets"})
+    assert rooted(far) == far
 
 
 @pytest.mark.parametrize("family", ["vae", "vaegan"])
@@ -229,7 +243,7 @@ def test_what_cannot_be_translated_is_refused(run: Path, settings: dict[str, Any
 def test_a_source_of_another_shape_is_refused(run: Path) -> None:
     recipe = converted(run.parent)
     adaptation = dataclasses.replace(reading(run, recipe), support=torch.zeros(5, 3, 16, 16, dtype=torch.uint8))
-    with pytest.raises(UserError, match=r"source .*/source, of shape \(1, 16, 16\), into images .* of shape \(3, 16, 16\); pack"):
+    with pytest.raises(UserError, match=r"source .*/source, of shape \(1, 16, 16\), into images of .* \(3, 16, 16\); pack"):
         METHODS["converter"].prepare({}, adaptation)
 
 
@@ -243,6 +257,6 @@ def test_a_family_that_does_not_learn_from_batches_of_images_is_refused(tmp_path
 
 
 @pytest.mark.parametrize(("key", "value"), [("ratio", 1.5), ("ratio", [[0, 0.5], [9, 2.0]]), ("share", 0.0), ("share", 0.95)])
-def test_shares_beyond_the_whole_are_refused(tmp_path: Path, key: str, value: object) -> None:
+def test_shares_beyond_the_whole_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"converter.{key}"):
         converted(tmp_path, **{key: value})
