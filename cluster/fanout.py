@@ -21,6 +21,7 @@ from cluster.recipe import Recipe
 from data_shards.errors import UserError
 from data_shards.files import write_json
 from training.events import append_event, read_events
+from training.source import rooted
 from training.trial import Trial, empty_row, read_row, run_trial, trial_folder
 from tune_spaces.plan import Job, Named, Race, chosen, count_jobs, final_trials, ready_jobs, search_reports
 
@@ -164,7 +165,7 @@ def _tune(recipe: Recipe, run: Path, board: Board, show: Show) -> None:
             return None
         board.running.add((job.identity, job.until))
         trial = {**vars(job.trial), "hyperparameters": dict(job.trial.hyperparameters)}
-        return job, {"trial": trial, "until": job.until, "recipe": recipe.model_dump(mode="json"), "run": str(run)}
+        return job, {"trial": trial, "until": job.until, "recipe": sent, "run": str(run)}
 
     def complete(job: Job, refused: str) -> None:
         board.running.discard((job.identity, job.until))
@@ -177,6 +178,7 @@ def _tune(recipe: Recipe, run: Path, board: Board, show: Show) -> None:
         show(board.reported(), f"{row['domain']} {row['method']} {row['phase']} seed {row['seed']} "
                                f"{row['images_seen']} images: {score}")
 
+    sent = rooted(recipe).model_dump(mode="json")
     available, needs = ray.cluster_resources(), recipe.cluster.trial_resources
     at_once = max(1, min(int(available.get(name, 0) // need) for name, need in needs.items()))
     storage = Path(tempfile.mkdtemp(prefix="graft-tune-"))

@@ -34,7 +34,7 @@ from training.events import append_event, read_events
 from training.families import FAMILIES
 from training.health import Unhealthy, act, make_watch, story
 from training.pretrain import finished_pretraining
-from training.source import set_place
+from training.source import rooted, set_place
 from training.stopping import RESIZE_FILE, STOP_FILE, Stopped, sigterm_asks
 from training.world import lost_peer
 
@@ -93,10 +93,7 @@ def pretrain_on_ray(recipe: Recipe, source: ShardSet, run: Path) -> Path:
     storage = Path(tempfile.mkdtemp(prefix="graft-train-"))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # Ray's 2 s are waited out when the workers are done
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(PLACE_S))
-    # A worker has another working directory.
-    root = recipe.data.root if "://" in recipe.data.root else str(Path(recipe.data.root).resolve())
-    sent = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
-    cluster, sizes, folder = recipe.cluster, recipe.world_sizes, run / "pretrain"
+    sent, cluster, sizes, folder = rooted(recipe), recipe.cluster, recipe.world_sizes, run / "pretrain"
     # On the driver's own node, which another node's loss does not touch.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     heartbeats: Any = ray.remote(Heartbeats).options(num_cpus=0, scheduling_strategy=here).remote()

@@ -33,6 +33,7 @@ from training.methods.anchors import AnchorConfig
 from training.methods.bsa import BsaConfig
 from training.methods.bss import BssConfig
 from training.methods.cdc import CdcConfig
+from training.methods.converter import ConverterConfig
 from training.methods.distill import DistillConfig
 from training.methods.ewc import EwcConfig
 from training.methods.freezeg import FreezegConfig
@@ -243,6 +244,7 @@ class AdaptationConfig(Config):
     anchors: AnchorConfig = AnchorConfig()
     bsa: BsaConfig = BsaConfig()
     cdc: CdcConfig = CdcConfig()
+    converter: ConverterConfig = ConverterConfig()
     fsgan: FsganConfig = FsganConfig()
     lora: LoraConfig = LoraConfig()
     minegan: MineganConfig = MineganConfig()

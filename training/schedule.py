@@ -28,6 +28,11 @@ def last_value(schedule: Schedule) -> float:
     return value_at(schedule, float("inf"))
 
 
+def largest_value(schedule: Schedule) -> float:
+    """The schedule's largest value, which one of its knots has."""
+    return max(value for _, value in schedule) if isinstance(schedule, list) else float(schedule)
+
+
 def check_schedule(schedule: Schedule) -> Schedule:
     """Refuse negative values and knots out of order (pydantic turns the ValueError into the user's sentence)."""
     if not isinstance(schedule, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from data_shards import Part, ShardSet, class_parts, open_set
 from data_shards.errors import UserError
 from training.config import content_id
 from training.draws import generator
-from training.recipe import DataConfig, TrainingRecipe
+
+if TYPE_CHECKING:
+    from training.recipe import DataConfig, RecipeT, TrainingRecipe
 
 
 @functools.lru_cache(maxsize=64)
@@ -28,6 +31,12 @@ def set_place(data: DataConfig, name: str) -> str:
     if "://" in data.root and not Path(name).is_absolute():
         return f"{data.root.rstrip('/')}/{name}"
     return str((Path(data.root) / name).resolve())
+
+
+def rooted(recipe: RecipeT) -> RecipeT:
+    """The recipe as a worker can read it, which has another working directory: with an absolute ``data.root``."""
+    root = recipe.data.root if "://" in recipe.data.root else str(Path(recipe.data.root).resolve())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
 
 
 def source_sets(data: DataConfig) -> list[str]:

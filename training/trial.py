@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,7 @@ from training.metrics.kid import kid
 from training.metrics.likeness import Pictures
 from training.metrics.score import contract, score
 from training.networks import load_start, load_weights, make_networks
+from training.optimizers import OptimizerConfig
 from training.pictures import generate, save_grid
 from training.recipe import SCHEMA_VERSION, AdaptationConfig, TrainingRecipe, resolve
 from training.sample import averaged_generator
@@ -80,6 +82,7 @@ def trial_id(trial: Trial, recipe: TrainingRecipe) -> str:
     settings = {**METHODS[trial.method].derived(recipe), **trial.hyperparameters}
     spoilt = [] if trial.corruption is None else [
         trial.corruption.model_dump(mode="json"), open_cached(set_place(recipe.data, recipe.data.source)).manifest.sha256]
+    fields |= METHODS[trial.method].reads(recipe)
     return content_id(fields, trial.domain, open_cached(trial.set_path).manifest.sha256, trial.method, trial.seed, trial.phase,
                       trial.start, trial.checkpoint_sha256, settings, *spoilt)
 
@@ -126,7 +129,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     folder.mkdir(parents=True, exist_ok=True)
     spent_before = float(row["seconds"]) if row else 0.0
     try:
-        state, phases = _begin(trial, recipe, folder, target)
+        state, phases, feed = _begin(trial, recipe, folder, target)
     except NonFinite as error:  # in what the method itself trains
         row = empty_row(trial, identity, config) | {
             "status": "failed", "reason": str(error), "seconds": round(spent_before + time.monotonic() - started, 2)}
@@ -162,7 +165,7 @@ def run_trial(trial: Trial, recipe: TrainingRecipe, run: Path, *, until: int,
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     row = empty_row(trial, identity, config) | {"rungs": dict(row["rungs"]) if row else {}}
     try:
-        train(state, phases, _support(trial, config, target, state.images), _plan(trial, recipe, until), report=report)
+        train(state, phases, feed, _plan(trial, recipe, until), report=report)
     except NonFinite as error:
         row |= {"status": "failed", "reason": str(error)}
     else:
@@ -226,8 +229,9 @@ def rescore(row: Mapping[str, Any], recipe: TrainingRecipe, run: Path, *, set_pa
     return {**row, **scores, "contract": found}
 
 
-def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -> tuple[State, Sequence[Phase]]:
-    """The trial's state, at its start or where it was left, and what its steps run."""
+def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path,
+           target: Target) -> tuple[State, Sequence[Phase], Iterator[Batch]]:
+    """The trial's state, at its start or where it was left, what its steps run, and the batches that they see."""
     config, method, family = recipe.adaptation, METHODS[trial.method], FAMILIES[recipe.training.family]
     networks = make_networks(recipe.training, target.image_shape, trial.seed)
     if trial.checkpoint:
@@ -244,7 +248,8 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
 
     adaptation = Adaptation(recipe, {name: copy.deepcopy(network).requires_grad_(False) for name, network in networks.items()},
                             target.support, trial.seed,
-                            family.phases(recipe.training.on_one_process(), config.augmentation), train_on_support, resumed)
+                            family.phases(recipe.training.on_one_process(), config.augmentation), train_on_support, resumed,
+                            feed=partial(_support, trial, config, target))
     images, strength = method.prepare(networks, adaptation) or 0, Strength()
     if family.fit:
         family.fit(networks["generator"], recipe.training, target.support, trial.seed)
@@ -257,10 +262,13 @@ def _begin(trial: Trial, recipe: TrainingRecipe, folder: Path, target: Target) -
         for name, network in networks.items():
             load_weights(network, tensors[name], what=f"{folder}/best/{name}.safetensors")
     optimizers = recipe.trial_optimizers()
-    engines = {name: make_engine(name, network, optimizers[name], EngineConfig(kind="torch"), World(), batch=config.batch,
-                                 state=tensors.get(f"{name}_optimizer")) for name, network in networks.items()}
+    # What a method adds to the family's networks is frozen: its engine only keeps it in the checkpoint.
+    engines = {name: make_engine(name, network, optimizers.get(name, OptimizerConfig()), EngineConfig(kind="torch"), World(),
+                                 batch=config.batch, state=tensors.get(f"{name}_optimizer"))
+               for name, network in networks.items()}
     average = make_average(engines["generator"], tensors.get(AVERAGE))
-    return State(engines, {"generator": average}, images=images, strength=strength), method.phases(adaptation)
+    feed = method.batches(adaptation, networks, _support(trial, config, target, images))
+    return State(engines, {"generator": average}, images=images, strength=strength), method.phases(adaptation), feed
 
 
 def _support(trial: Trial, config: AdaptationConfig, target: Target, images: int) -> Iterator[Batch]:

@@ -22,7 +22,7 @@ from training.augment.diffaugment import TRANSFORMS as DIFFAUGMENT_TRANSFORMS
 from training.augment.diffaugment import diffaugment
 from training.augment.strength import Strength, adjust, read_strength
 from training.config import Config, one_of
-from training.schedule import Schedule, check_schedule, value_at
+from training.schedule import Schedule, check_schedule, largest_value, value_at
 
 __all__ = ["AUGMENTATIONS", "NO_AUGMENTATION", "AugmentConfig", "Strength", "adjust", "augment", "read_strength", "steer",
            "strength_at"]
@@ -62,8 +62,7 @@ class AugmentConfig(Config):
     def _probability(cls, p: Schedule | str) -> Schedule | str:
         if isinstance(p, str):
             return p
-        check_schedule(p)
-        if max([value for _, value in p] if isinstance(p, list) else [p]) > 1:
+        if largest_value(check_schedule(p)) > 1:
             raise ValueError("a probability is at most 1")
         return p
 

@@ -7,6 +7,7 @@ from training.methods import (
     bsa,
     bss,
     cdc,
+    converter,
     copier,
     density,
     distill,
@@ -57,4 +58,5 @@ METHODS: dict[str, Method] = {
     "minegan": minegan.METHOD,
     "cdc": cdc.METHOD,
     "rssa": rssa.METHOD,
+    "converter": converter.METHOD,
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from data_shards import Batch as Images
 from data_shards.errors import UserError
 from training.families import Batch, Networks, Phase, Terms
 
@@ -29,6 +30,10 @@ def _no_training(state: State, phases: Sequence[Phase], until: int, **changes: A
     raise AssertionError("this adaptation has no support set to train on")
 
 
+def _no_images(images: int) -> Iterator[Images]:
+    raise AssertionError("this adaptation has no support set to read")
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """The trial that a method works for."""
@@ -41,6 +46,7 @@ class Adaptation:
     train: Train = _no_training
     resumed: bool = False  # whether what `prepare` makes of the networks gets the weights of a trial that goes on
     rehearsed: bool = False  # whether nothing will be trained: fresh networks, to see if the method can serve them
+    feed: Callable[[int], Iterator[Images]] = _no_images  # the support set's batches after so many images
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,12 @@ class Method:
         rule: of meta-learning, by whose weights it begins where ``start`` is "meta".
         prepare: changes the networks before their engines are made: freezes weights, gives them another parameterisation
             (`torch.nn.utils.parametrize`), which a finished trial's checkpoint has no more, or puts another network in the
-            place of one that only helps to train. It may train, and then returns the images that it has seen
-            (`stage.train_stage`): they are the first of the trial's budget.
+            place of one that only helps to train. It may add a frozen one, which a search trial's checkpoint then keeps. It
+            may train, and then returns the images that it has seen (`stage.train_stage`): they are the first of the trial's
+            budget.
+        batches: what the steps see in the place of the support set's batches, which it is given from any position on
+            (`Images.images_seen`), with the networks as they are prepared.
+        reads: what it reads beside the start and the support set, as recipe sections for a trial's id.
         phases: what a step runs, made of the family's own.
         settings: recipe values, by dotted key, that the method comes with.
         derived: likewise, as they follow from the recipe.
@@ -65,6 +75,8 @@ class Method:
 
     start: Literal["scratch", "pretrain", "meta"]
     prepare: Callable[[dict[str, nn.Module], Adaptation], int | None] = lambda networks, adaptation: None
+    batches: Callable[[Adaptation, Networks, Iterator[Images]], Iterator[Images]] = lambda adaptation, networks, feed: feed
+    reads: Callable[[TrainingRecipe], Mapping[str, Any]] = lambda recipe: {}
     phases: Callable[[Adaptation], Sequence[Phase]] = lambda adaptation: adaptation.phases
     settings: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[TrainingRecipe], Mapping[str, Any]] = lambda recipe: {}

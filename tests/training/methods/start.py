@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
 def recipe_of(root: Path, settings: Mapping[str, Any] | None = None, model: str = "dcgan") -> TrainingRecipe:
     """A toy recipe, with settings by dotted key."""
     tree = apply_overrides(toy_tree(root), {"training.generator.model": model, "adaptation.ewc.samples": 8,
+                                            "adaptation.converter": {"channels": 4, "blocks": 1, "halvings": 1, "history": 8},
                                             **SMALL[model], **(settings or {})})
     return TrainingRecipe.model_validate(tree)
 

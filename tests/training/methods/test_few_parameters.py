@@ -1,4 +1,4 @@
-"""What transfer by few parameters, by a miner and by correspondence has in common: whole trials."""
+"""What transfer by few parameters, by a miner, by correspondence and by translation has in common: whole trials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.networks import make_networks
 from training.trial import AVERAGE, run_trial
 
 FROZEN = ("bsa", "fsgan", "lora")
-OURS = (*FROZEN, "adam", "minegan", "cdc", "rssa")
+OURS = (*FROZEN, "adam", "minegan", "cdc", "rssa", "converter")
 
 
 @pytest.mark.parametrize("method", OURS)
@@ -87,7 +87,7 @@ def test_every_model_can_be_stepped(run: Path, method: str, model: str) -> None:
     recipe = recipe_of(run.parent, model=model)
     row = run_trial(trial_of(run, recipe, method), recipe, run, until=32)
     assert (row["status"], row["images_seen"]) == ("finished", 32)
-    if method in ("fsgan", "adam", "minegan"):
+    if method in ("fsgan", "adam", "minegan", "converter"):
         return
     settings = {"training.generator.classes": 2, "training.discriminator.minibatch_std": 2,
                 **({} if model == "r3gan" else {"training.discriminator.spectral_norm": True})}
