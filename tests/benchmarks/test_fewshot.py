@@ -68,7 +68,7 @@ def test_the_short_form_by_every_method_on_real_drawings(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     first = json.loads((tmp_path / "run" / "validation-4.json").read_text())
-    wanted = {name for name in METHODS if name not in ("newclass", "converter")}
+    wanted = {name for name in METHODS if name != "newclass"}
     assert {row["method"] for row in first["rows"]} == wanted == {each["method"] for each in first["methods"]}
     assert {row["status"] for row in first["rows"]} == {"finished"}, [row["reason"] for row in first["rows"] if row["reason"]]
     assert next(each for each in first["methods"] if each["method"] == "copier")["disqualified"] == 2
