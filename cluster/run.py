@@ -20,6 +20,7 @@ from cluster.recipe import Recipe
 from cluster.session import preflight, ray_session
 from data_shards import DATASETS, ShardSet, fetch, load_images, open_set
 from data_shards.errors import UserError
+from data_shards.files import write_json
 from data_shards.parts import check_shapes
 from training.checkpoint import checkpoint_hash, latest_valid
 from training.events import append_event, read_events
@@ -32,9 +33,10 @@ from training.metrics.encoder import load_encoder, save_encoder, train_encoder
 from training.networks import make_networks
 from training.pictures import save_grid
 from training.pretrain import finished_pretraining
+from training.recipe import SCHEMA_VERSION
 from training.rehearsal import rehearse
-from training.source import domain_b, set_place, source_parts, source_sets
-from training.target import for_target, load_target
+from training.source import domain_b, open_cached, set_place, source_parts, source_sets
+from training.target import for_target, load_target, support_keys
 from training.world import World, device, has_bf16
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
@@ -246,6 +248,11 @@ def _fanout(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[],
         folder, path = out / "domains" / domain.name, set_place(recipe.data, domain.set)
         images = load_target(path, recipe.adaptation.shots, recipe.seed + 1,  # the first final seed's, whose samples are shown
                              domain.corruption, set_place(recipe.data, recipe.data.source))
+        seeds = range(recipe.seed, recipe.seed + recipe.fanout.seeds + 1)  # of the search, and of the finals
+        shards = open_cached(path)
+        write_json(folder / "support.json", {
+            "schema_version": SCHEMA_VERSION, "set": domain.set, "sha256": shards.manifest.sha256,
+            "shots": recipe.adaptation.shots, "seeds": support_keys(shards, recipe.adaptation.shots, seeds)})
         save_grid(images.support, folder / "support.png")
         save_grid(images.reference[:32], folder / "reference.png")
     board = Board(recipe, out, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def support_indices(images: ShardSet, shots: int, seed: int) -> tuple[int, ...]:
                         "candidates on; lower adaptation.shots or pack more images.")
     order = torch.randperm(len(pool), generator=generator(seed, "support", 0))
     return tuple(int(pool[i]) for i in order[:shots])
+
+
+def support_keys(images: ShardSet, shots: int, seeds: Sequence[int]) -> dict[str, list[str]]:
+    """Seed -> the keys of the images that it trains on, so that others can train on the same."""
+    keys = images.samples["key"]
+    return {str(seed): [key.decode() for key in keys[list(support_indices(images, shots, seed))].tolist()] for seed in seeds}
 
 
 def for_target(recipe: RecipeT, images: ShardSet) -> RecipeT:

@@ -126,6 +126,9 @@ def test_the_rows_are_what_was_asked_for(runs: tuple[Path, Path, Path]) -> None:
     assert all((verdict is None) == (method == "scratch") for (_, method), verdict in verdicts.items())
     assert board["contract"]["net"] == "encoder"
     assert set(board["contract"]["domains"]) == {"near", "far"}
+    published = json.loads((whole / "domains" / "near" / "support.json").read_text())
+    assert {len(keys) for keys in published["seeds"].values()} == {published["shots"]}
+    assert {str(row["seed"]) for row in board["rows"]} == published["seeds"].keys()
     assert (whole / "report" / "index.html").stat().st_size > 10_000
 
 

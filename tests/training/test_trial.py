@@ -20,7 +20,7 @@ from training.metrics.encoder import save_encoder, train_encoder
 from training.metrics.kid import kid
 from training.pretrain import pretrain
 from training.recipe import TrainingRecipe
-from training.target import feature_net, load_target, support_indices
+from training.target import feature_net, load_target, support_indices, support_keys
 from training.trial import Trial, read_row, run_trial, trial_folder, trial_id
 from training.world import World
 
@@ -170,6 +170,15 @@ def test_support_sets_depend_on_the_seed_and_not_on_the_method(run: Path) -> Non
     assert len(loaded.reference) == 24
     pool = {bytes(image.numpy().tobytes()) for image in loaded.held_back}
     assert not any(bytes(image.numpy().tobytes()) in pool for image in loaded.support)
+
+
+def test_support_sets_are_published_by_key(run: Path) -> None:
+    target = open_set(run.parent / "target")
+    published = support_keys(target, 5, [1, 2])
+    assert list(published) == ["1", "2"] and published["1"] != published["2"]
+    where = {key.decode(): number for number, key in enumerate(target.samples["key"].tolist())}
+    images = load_images(target, [where[key] for key in published["1"]])[0]
+    assert torch.equal(images, load_target(str(target.path), 5, 1).support)
 
 
 def test_a_domain_smaller_than_its_shots_is_refused(tmp_path: Path) -> None:
