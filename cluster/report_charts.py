@@ -38,6 +38,8 @@ def line_chart(series: Sequence[Series], *, title: str, y_label: str, x_label: s
                width: int = 480, alarms: Sequence[tuple[float, float]] = ()) -> Markup:
     """An SVG with axes, bands, lines, markers and a name at the end of each line; empty where nothing is finite.
 
+    A series of one point has an upright line in the place of the band.
+
     ``alarms`` are stretches of x that are shaded.
     """
     drawn = [Series(s.name, s.style, [p for p in s.points if math.isfinite(p.y)]) for s in series]
@@ -80,6 +82,8 @@ def _draw(series: Series, to_x: Callable[[float], float], to_y: Callable[[float]
     marks = "".join(marker(series.style, to_x(p.x), to_y(p.y)) for p in marked)
     end_x, end_y = to_x(points[-1].x), to_y(points[-1].y)
     band = f'<polygon class="band" points="{" ".join(upper + lower)}"/>' if any(p.high > p.low for p in points) else ""
+    if len(points) == 1 and band:  # a band has no width there
+        band = f'<line x1="{end_x:.1f}" x2="{end_x:.1f}" y1="{to_y(points[0].low):.1f}" y2="{to_y(points[0].high):.1f}"/>'
     return (f'<g class="series s{series.style % COLOURS}">{band}<polyline points="{line}"/>{marks}'
             f'<path class="leader" d="M{end_x + 4:.1f} {end_y:.1f}L{end_x + 11:.1f} {name_y:.1f}"/>'
             f'<text class="name" x="{end_x + 13:.1f}" y="{name_y + 4:.1f}">{escape(series.name)}</text></g>')

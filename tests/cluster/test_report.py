@@ -356,6 +356,9 @@ def test_charts_switch_to_a_log_scale_and_keep_labels_apart() -> None:
     negative = [Series("a", 0, [Point(0, -1, -1, -1), Point(1, 900, 800, 1000)])]
     assert "log scale" not in line_chart(negative, title="t", y_label="KID")
     assert line_chart([Series("a", 0, [])], title="t", y_label="KID") == ""
+    alone = line_chart([Series("a", 0, [Point(2, 1, 0, 4)]), Series("b", 1, [Point(3, 2, 2, 2)])], title="t", y_label="KID")
+    (low, high), = re.findall(r'<g class="series s0"><line x1="[0-9.]+" x2="[0-9.]+" y1="([0-9.]+)" y2="([0-9.]+)"/>', alone)
+    assert (float(low), float(high)) == (230.0, 14.0) and alone.count("<line x1") == 1
     assert linear_ticks(0, 1600, 4) == [0, 500, 1000, 1500, 2000] and log_ticks(3, 40) == [2, 5, 10, 20, 50]
     placed = spread([50, 51, 52, 10], 13, 0, 60)
     assert placed[3] == 10 and placed[1] - placed[0] >= 13 and placed[2] - placed[1] >= 13 and max(placed) <= 60

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,24 @@ def test_extracts_in_batches_at_any_size_and_channel_count(encoder: Encoder, tmp
     torch.testing.assert_close(net.extract(images, batch=2), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.extract(images.expand(-1, 3, -1, -1)), whole, rtol=1e-3, atol=1e-3)
     assert net.extract(pictures(2, 3, 40)).shape == (2, 16)
+
+
+def test_large_images_go_through_a_processor_a_few_at_a_time(encoder: Encoder) -> None:
+    seen: list[int] = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return images.mean(dim=(2, 3))
+
+    images = torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8)
+    for side, expected in ((32, [256, 44]), (224, [5] * 60), (16, [256, 44])):
+        seen.clear()
+        replace(encoder_net(encoder), module=Watched(), input_size=side).extract(images)
+        assert seen == expected
+    seen.clear()
+    replace(encoder_net(encoder), module=Watched(), input_size=224).extract(images, batch=100)
+    assert seen == [100, 100, 100]
 
 
 def test_unknown_names_list_the_known_ones() -> None:
