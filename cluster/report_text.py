@@ -33,22 +33,29 @@ def state_of(verdict: Row) -> str | None:
 
 
 def headline(verdicts: Sequence[Row], methods: Sequence[str]) -> list[str]:
-    """Sentences that sum the verdicts up, the method that helped most often first."""
+    """Sentences that sum the verdicts up, the method that helped most often, and most, first; of many the first three."""
     counts = {method: Counter(state_of(v) for v in verdicts if v.get("method") == method)
               for method in methods if not compared_with(method)}
     counts = {method: states for method, states in counts.items() if states.total()}
     if not counts:
         return []
+    gains = {method: sum(v["gain_over_scratch"] for v in verdicts
+                         if v.get("method") == method and finite(v.get("gain_over_scratch"))) for method in counts}
+    ranked = sorted(counts, key=lambda method: (-counts[method]["positive"], -gains[method]))
+    told = ranked if len(ranked) <= MOST_TOLD else ranked[:3]
     sentences = []
-    for method in sorted(counts, key=lambda m: -counts[m]["positive"]):
+    for method in told:
         states, name = counts[method], method_name(method)
         hurt = f"negative on {states['negative'] or 'none'}"
         copied = f"; {states['disqualified']} disqualified for copying" if states["disqualified"] else ""
         helped = f"helped on {states['positive'] or 'none'} of {states.total()} domain{'s' * (states.total() != 1)}"
         sentences.append(f"{name[0].upper()}{name[1:]} {helped}; {hurt}{copied}.")
+    if len(told) < len(ranked):
+        sentences.append(f"The other {len(ranked) - len(told)} methods are in the tables.")
     return sentences
 
 
+MOST_TOLD = 6  # methods of which each has a sentence
 SHORT_BUDGET = 1000  # images of a trial; below it scratch has hardly begun (docs/LOG.md)
 FEW_SEEDS = 5
 

@@ -226,6 +226,12 @@ def test_the_headline_counts_domains_and_leaves_out_the_disqualified(run: Path) 
         "Full fine-tuning helped on 2 of 4 domains; negative on 1; 1 disqualified for copying.",
         "Reptile helped on none of 1 domain; negative on none."]
     assert headline([], []) == []
+    many = [{"domain": domain, "method": method, "verdict": "positive", "gain_over_scratch": gain}
+            for domain in "ab" for method, gain in (("l2sp", 1.0), ("ewc", 2.0), ("bss", 3.0), ("lora", 4.0), ("cdc", 0.5),
+                                                    ("rssa", 0.4), ("bsa", 9.0), ("copier", 99.0))]
+    assert headline(many, ["scratch", *dict.fromkeys(v["method"] for v in many)]) == [
+        "BSA helped on 2 of 2 domains; negative on none.", "LoRA helped on 2 of 2 domains; negative on none.",
+        "BSS helped on 2 of 2 domains; negative on none.", "The other 4 methods are in the tables."]
 
 
 def test_a_short_budget_or_few_seeds_are_said_beside_the_headline(tmp_path: Path) -> None:
