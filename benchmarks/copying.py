@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from cluster.recipe import Recipe
-from cluster.run import _encoder, ready_sets
+from cluster.run import train_run_encoder
+from cluster.sets import ready_sets
 from training.checkpoint import checkpoint_hash
 from training.pretrain import finished_pretraining, pretrain
 from training.recipe import read_recipe
@@ -28,7 +29,7 @@ def main(out: Path) -> None:
     recipe = read_recipe(Recipe, "demo", SETTINGS)
     source = ready_sets(recipe)
     start = finished_pretraining(recipe, source, out / "pretrain") or pretrain(recipe, source, out, World())
-    _encoder(recipe, source, out)
+    train_run_encoder(recipe, source, out)
     print(f"{'domain':8} {'steps':>5} {'KID':>6} {'coverage':>8} {'copies':>7} {'AuthPct':>7}  disqualified")
     for target in [t for t in recipe.fanout.targets if t.domain in ("sun", "mnist-3")]:
         trial = Trial(target.domain, set_place(recipe.data, target.set), "finetune", 1, "final", "pretrain", str(start),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training.events import append_event
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -48,3 +52,18 @@ def counting(label: str) -> Iterator[Callable[..., None]]:
                 print(f"{text} {done}/{total}" if total else text, flush=True)
 
         yield show
+
+
+@contextmanager
+def timed(out: Path | None, stage: str, part: str = "") -> Iterator[None]:
+    """Say how long it took, and write that to the run's events if there is a run."""
+    started, completed = time.monotonic(), False
+    try:
+        yield
+        completed = True
+    finally:
+        seconds = time.monotonic() - started
+        if out:
+            append_event(out / "events.jsonl", stage=stage, trial=part, images=0,
+                         metrics={"seconds": round(seconds, 1), "completed": completed})
+    console.print(f"{stage:<9} {f'{part} ' if part else ''}done in {seconds:.0f} s")

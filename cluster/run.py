@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from cluster.fanout import Board, fan_out
 from cluster.leaderboard import build_leaderboard
 from cluster.metatrain import metatrain_on_ray
 from cluster.pretrain import pretrain_on_ray
-from cluster.progress import console, progress
+from cluster.progress import console, progress, timed
 from cluster.recipe import Recipe
 from cluster.session import preflight, ray_session
-from data_shards import DATASETS, ShardSet, fetch, load_images, open_set
+from cluster.sets import absent, encoder_set, missing_sets, named_sets, ready_sets
+from data_shards import ShardSet, load_images, open_set
 from data_shards.errors import UserError
 from data_shards.files import write_json
-from data_shards.parts import check_shapes
 from training.checkpoint import checkpoint_hash, latest_valid
-from training.events import append_event, read_events
+from training.events import read_events
 from training.families import FAMILIES
 from training.meta import RULES
 from training.meta.metatrain import finished_meta, meta_id
@@ -35,8 +34,8 @@ from training.pictures import save_grid
 from training.pretrain import finished_pretraining
 from training.recipe import SCHEMA_VERSION
 from training.rehearsal import rehearse
-from training.source import domain_b, open_cached, set_place, source_parts, source_sets
-from training.target import for_target, load_target, support_keys
+from training.source import open_cached, set_place
+from training.target import load_target, support_keys
 from training.world import World, device, has_bf16
 from tune_spaces.plan import Race, Start, count_jobs, races
 from tune_spaces.space import fair_count
@@ -74,16 +73,15 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
         raise UserError(f"--out {out} cannot be made ({error.strerror}); give another folder.") from error
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     with ExitStack() as stack:
-        named = [*source_sets(recipe.data), *(target.set for target in recipe.fanout.targets)]
-        folders = [set_place(recipe.data, name) for name in named]
+        folders = [set_place(recipe.data, name) for name in named_sets(recipe)]
         start_ray = _once(lambda: stack.enter_context(ray_session(address, cpus=_cpus(), folder=out, shards=folders)))
         board = None
         if "pretrain" in chosen and recipe.evaluation.during_pretraining:
-            _encoder(recipe, source, out)  # the net of the scores that are taken meanwhile
+            train_run_encoder(recipe, source, out)  # the net of the scores that are taken meanwhile
         if "pretrain" in chosen:
             _pretrain(recipe, source, out, done, start_ray)
         if "encoder" in chosen:
-            _encoder(recipe, source, out)
+            train_run_encoder(recipe, source, out)
         if "metatrain" in chosen:
             for one in meta_recipes(recipe, every=bool(stages)):
                 _metatrain(one, source, out, start_ray)
@@ -124,58 +122,6 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
         yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
 
 
-def absent(recipe: Recipe) -> Iterator[str]:
-    """What a run would do first about its sets, in words."""
-    missing = missing_sets(recipe)
-    for dataset, wanted in missing.items():
-        yield f"  shards    {', '.join(sorted(wanted))} not in {recipe.data.root}; would be fetched ({dataset})"
-    if not missing:
-        yield f"  shards    all sets are in {recipe.data.root}"
-
-
-def missing_sets(recipe: Recipe) -> dict[str, set[str]]:
-    """The recipe's sets that are not there, by the dataset that has them.
-
-    Raises:
-        UserError: for a set that is neither there nor part of a known dataset.
-    """
-    names = [*source_sets(recipe.data), *(target.set for target in recipe.fanout.targets)]
-    missing: dict[str, set[str]] = {}
-    for name in names:
-        place = set_place(recipe.data, name)
-        if "://" not in place and not (Path(place) / "manifest.json").exists():
-            dataset = name.partition("/")[0]
-            if dataset not in DATASETS:
-                raise UserError(f"there is no set at {place}: pack one with `graft shards pack FOLDER --out "
-                                f"{Path(recipe.data.root) / name}`, or name one of the datasets {', '.join(DATASETS)}.")
-            missing.setdefault(dataset, set()).add(name)
-    return missing
-
-
-def ready_sets(recipe: Recipe) -> ShardSet:
-    """Fetch the known datasets that are not there yet and open every set that the recipe names; returns the source.
-
-    Raises:
-        UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
-    """
-    for dataset, wanted in missing_sets(recipe).items():
-        console.print(f"shards    fetching {', '.join(sorted(wanted))}")
-        with _timed(None, "shards"):
-            fetch(dataset, recipe.data.root, only=wanted)
-    source = open_set(set_place(recipe.data, recipe.data.source))
-    check_shapes(source_parts(recipe.data, source))
-    domain_b(recipe.data, source)
-    for target in recipe.fanout.targets:
-        load_target(set_place(recipe.data, target.set), recipe.adaptation.shots, recipe.seed)
-        images = open_set(set_place(recipe.data, target.set))
-        for_target(recipe, images)
-        shape = images.manifest.image_shape
-        if shape != source.manifest.image_shape:
-            raise UserError(f"the target set {target.set} has images of shape {shape} and the source "
-                            f"{source.manifest.image_shape}; pack it with the source's --size and --channels.")
-    return source
-
-
 def rehearse_methods(recipe: Recipe, source: ShardSet) -> None:
     """Find out before anything is trained whether the methods of the fan-out can serve the recipe's networks.
 
@@ -199,25 +145,22 @@ def _pretrain(recipe: Recipe, source: ShardSet, out: Path, done: Path | None, st
         return
     start_ray()
     preflight({"pretraining": [recipe.cluster.worker_resources] * recipe.world_sizes[0]})
-    with _timed(out, "pretrain"):
+    with timed(out, "pretrain"):
         pretrain_on_ray(recipe, source, out)
 
 
-def _encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
-    path = out / "encoder.safetensors"
-    if recipe.evaluation.net != "encoder" or FAMILIES[recipe.training.family].drawn:
+def train_run_encoder(recipe: Recipe, source: ShardSet, out: Path) -> None:
+    path, taught = out / "encoder.safetensors", encoder_set(recipe, source)
+    if taught is None:
         return
     if path.exists():
         load_encoder(path)
         console.print(f"encoder   already done: {path}")
         return
-    images, labels = load_images(source, source.indices())
-    if bool((labels < 0).any()):
-        raise UserError(f"the source set {source.path} has images without a label, which the in-domain encoder needs; give "
-                        f"--set evaluation.net=inception, or pack it with one subfolder per class.")
+    images, labels = load_images(taught, taught.indices())
     total = recipe.evaluation.encoder_images
-    with _timed(out, "encoder"), progress("encoder", total, "images") as show:
-        encoder = train_encoder(images, labels, classes=len(source.manifest.classes), seed=recipe.seed, images_budget=total,
+    with timed(out, "encoder"), progress("encoder", total, "images") as show:
+        encoder = train_encoder(images, labels, classes=len(taught.manifest.classes), seed=recipe.seed, images_budget=total,
                                 device=device(), threads=recipe.evaluation.encoder_threads,
                                 progress=_every(5, lambda seen, loss: show(seen, f"loss {loss:.3f}")))
     save_encoder(encoder, path)
@@ -231,7 +174,7 @@ def _metatrain(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[
         return
     start_ray()
     preflight({"meta-training": [recipe.cluster.trial_resources]})
-    with _timed(out, "meta", recipe.meta.rule):
+    with timed(out, "meta", recipe.meta.rule):
         metatrain_on_ray(recipe, source, out, start)
 
 
@@ -261,7 +204,7 @@ def _fanout(recipe: Recipe, source: ShardSet, out: Path, start_ray: Callable[[],
         return board
     start_ray()
     preflight({"trial": [recipe.cluster.trial_resources]})
-    with _timed(out, "fanout"):
+    with timed(out, "fanout"):
         return fan_out(recipe, out, plan)
 
 
@@ -328,20 +271,6 @@ def stage_seconds(out: Path) -> dict[str, float]:
             for key in keys:
                 spent[f"{key}_seconds"] = round(spent.get(f"{key}_seconds", 0.0) + event["metrics"]["seconds"], 1)
     return spent
-
-
-@contextmanager
-def _timed(out: Path | None, stage: str, part: str = "") -> Iterator[None]:
-    started, completed = time.monotonic(), False
-    try:
-        yield
-        completed = True
-    finally:
-        seconds = time.monotonic() - started
-        if out:
-            append_event(out / "events.jsonl", stage=stage, trial=part, images=0,
-                         metrics={"seconds": round(seconds, 1), "completed": completed})
-    console.print(f"{stage:<9} {f'{part} ' if part else ''}done in {seconds:.0f} s")
 
 
 def _once(start: Callable[[], Any]) -> Callable[[], None]:

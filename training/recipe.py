@@ -257,6 +257,8 @@ class AdaptationConfig(Config):
 class EvaluationConfig(Config):
     net: str = Field("encoder", description="feature net of all scores: encoder (trained on the source labels), inception, "
                                             "efficientnet-lite0, or the path of a .safetensors, .pt or .onnx net")
+    encoder_source: str | None = Field(None, description="set of the source's shape whose labels the encoder learns from; the "
+                                                         "source when null, which then needs labels")
     samples: int = Field(500, ge=8, description="generated images per score")
     encoder_images: int = Field(120_000, ge=1, description="images seen by the in-domain encoder's training")
     encoder_threads: int = operational(2, "CPU threads of the in-domain encoder's training; sums differ in the last bits", ge=1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cluster.leaderboard import _pays_from
+from cluster.progress import timed
 from cluster.recipe import Recipe
-from cluster.run import _timed, derived, meta_recipes, plan_races, stage_seconds
+from cluster.run import derived, meta_recipes, plan_races, stage_seconds
 from data_shards import UserError
 from tests.toy import toy_set, toy_tree
 from training.checkpoint import checkpoint_hash, load_checkpoint
@@ -91,7 +92,7 @@ def test_a_meta_training_s_cost_is_that_of_its_method(tmp_path: Path, monkeypatc
     clock = iter([0.0, 30.0, 100.0, 150.0, 200.0, 210.0])
     monkeypatch.setattr("cluster.run.time", SimpleNamespace(monotonic=lambda: next(clock)))
     for rule in ("reptile", "fomaml", "reptile"):
-        with _timed(tmp_path, "meta", rule):
+        with timed(tmp_path, "meta", rule):
             pass
     costs = stage_seconds(tmp_path)
     assert costs == {"meta_seconds": 90.0, "meta_reptile_seconds": 40.0, "meta_fomaml_seconds": 50.0}

@@ -226,10 +226,10 @@ def test_the_headline_counts_domains_and_leaves_out_the_disqualified(run: Path) 
         "Full fine-tuning helped on 2 of 4 domains; negative on 1; 1 disqualified for copying.",
         "Reptile helped on none of 1 domain; negative on none."]
     assert headline([], []) == []
-    many = [{"domain": domain, "method": method, "verdict": "positive", "gain_over_scratch": gain}
+    many: list[dict[str, Any]] = [{"domain": domain, "method": method, "verdict": "positive", "gain_over_scratch": gain}
             for domain in "ab" for method, gain in (("l2sp", 1.0), ("ewc", 2.0), ("bss", 3.0), ("lora", 4.0), ("cdc", 0.5),
                                                     ("rssa", 0.4), ("bsa", 9.0), ("copier", 99.0))]
-    assert headline(many, ["scratch", *dict.fromkeys(v["method"] for v in many)]) == [
+    assert headline(many, ["scratch", "l2sp", "ewc", "bss", "lora", "cdc", "rssa", "bsa", "copier"]) == [
         "BSA helped on 2 of 2 domains; negative on none.", "LoRA helped on 2 of 2 domains; negative on none.",
         "BSS helped on 2 of 2 domains; negative on none.", "The other 4 methods are in the tables."]
 

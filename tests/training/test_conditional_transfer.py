@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.recipe import Recipe
-from cluster.run import ready_sets
+from cluster.sets import ready_sets
 from data_shards import Sample, UserError, open_set, pack_images
 from tests.toy import SIZE, toy_recipe, toy_set, toy_tree
 from training.checkpoint import checkpoint_hash, load_checkpoint
