@@ -211,12 +211,10 @@ def methods_table(leaderboard: Mapping[str, Any]) -> Table:
 def leaderboard_text(leaderboard: Mapping[str, Any], width: int = 100) -> str:
     """The table as plain text of at most ``width`` columns; below it, where there are several domains, that of the methods."""
     console = Console(width=width, file=io.StringIO(), color_system=None, force_terminal=False)
-    verdicts, several = bool(leaderboard.get("verdicts")), any(m.get("domains", 0) > 1 for m in leaderboard.get("methods") or [])
-    if verdicts:
+    if leaderboard.get("verdicts") or not leaderboard.get("methods"):
         console.print(leaderboard_table(leaderboard))
-    if verdicts and several:
+    if any(method.get("domains", 0) > 1 for method in leaderboard.get("methods") or []):
         console.print()
-    if several:
         console.print(methods_table(leaderboard))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
