@@ -145,11 +145,17 @@ def trainable(config: Mapping[str, Any]) -> None:
 
 
 def fan_out(recipe: Recipe, run: Path, races: list[Race]) -> Board:
-    """Run what is left of the plan on the joined Ray; returns the board with every row."""
+    """Run what is left of the plan on the joined Ray; returns the board with every row.
+
+    Raises:
+        KeyboardInterrupt: when Ctrl-C ended it before.
+    """
     board = Board(recipe, run, races)
     if not board.finished():
         with progress("fan-out", board.total(), "trials") as show:
             _tune(recipe, run, board, show)
+        if not board.finished():  # Tune's answer to Ctrl-C, which would pass for the end of the plan
+            raise KeyboardInterrupt
     return board
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,17 +23,22 @@ from training.stopping import STOP_FILE
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+def start_command(tmp_path: Path, command: str, recipe: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """``graft COMMAND`` of the recipe, into the folder ``run``, its output into the file ``log``."""
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(recipe))
+    with (tmp_path / "log").open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "cluster", command, "long.yaml", "--out", "run"], cwd=tmp_path, stdout=file,
+            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True)
+
+
 def start_long(tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path, Path]:
     """The driver of a pretraining that would go on for hours, once it has reported; the run's pretrain folder and the log."""
     toy_set(tmp_path / "source")
     tree = toy_tree(tmp_path, images=10**6, engine={"kind": "deepspeed", "zero": 2}, report_every_images=8,
                     snapshot_every_images=10**6)
-    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree | {"cluster": {"workers": 2}}))
     folder, log = tmp_path / "run" / "pretrain", tmp_path / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cluster", "pretrain", "long.yaml", "--out", "run"], cwd=tmp_path, stdout=file,
-            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True)
+    process = start_command(tmp_path, "pretrain", tree | {"cluster": {"workers": 2}})
     deadline = time.monotonic() + 200
     while len(read_events(folder / "events.jsonl")) < 5:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -64,6 +70,25 @@ def test_an_interrupt_is_said(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 1, log.read_text()[-3000:]
     assert log.read_text().endswith("graft: interrupted; the same command goes on from where it was\n")
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_interrupted_fan_out_does_not_pass_for_a_finished_one(tmp_path: Path) -> None:
+    """Tune returns from Ctrl-C as from its last trial; what is missing would go into the leaderboard as never asked for."""
+    toy_set(tmp_path / "source")
+    toy_set(tmp_path / "target", train=24, reference=24, seed=5)
+    process = start_command(tmp_path, "adapt", toy_tree(tmp_path) | {"cluster": {"workers": 1}, "fanout": {
+        "targets": [{"set": "target"}], "methods": ["scratch"], "candidates": 1, "rungs": 1, "seeds": 500}})
+    log, deadline = tmp_path / "log", time.monotonic() + 200
+    while len(list((tmp_path / "run").glob("domains/target/*/row.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.05)
+    started = family(process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(100) == 1, log.read_text()[-3000:]
+    assert log.read_text().endswith("graft: interrupted; the same command goes on from where it was\n")
+    assert not (tmp_path / "run" / "leaderboard.json").exists()
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
