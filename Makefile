@@ -4,6 +4,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 MARKERS ?=
+JOBS ?= 2
 BENCH ?= $(filter-out __init__ scale chaos,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.graft-installed
@@ -38,8 +39,8 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)  ## the whole demo on real data: recipes/demo.yaml
 	$(BIN)/graft run recipes/demo.yaml
 
-test: $(STAMP)  ## all tests; make test MARKERS="not slow and not network" chooses
-	$(BIN)/python -m pytest $(if $(MARKERS),-m "$(MARKERS)")
+test: $(STAMP)  ## all tests, in two processes; make test MARKERS="not slow and not network" chooses
+	$(BIN)/python -m pytest -n $(JOBS) $(if $(MARKERS),-m "$(MARKERS)")
 
 lint: $(STAMP)  ## ruff and mypy; nothing is changed
 	$(BIN)/python -m ruff check .

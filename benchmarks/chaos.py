@@ -256,11 +256,20 @@ def chaos(setting: Setting, kills: int, sigterms: int, *, say: Callable[[str], N
     assert sorted(set(lines_of(setting))) == expected, "the data order differs"
     assert not list((killed / "pretrain").glob(".*")), "temporary files are left in the run's folder"
     assert not set(os.listdir(setting.folder / "tmp")) - usual, set(os.listdir(setting.folder / "tmp")) - usual
-    assert not set(os.listdir("/dev/shm")) - shared, set(os.listdir("/dev/shm")) - shared
+    left = stays(set(os.listdir("/dev/shm")) - shared)
+    assert not left, f"shared memory is left: {left}"
     assert not alive(str(setting.folder)), alive(str(setting.folder))
     total = executed(setting)
     assert total - setting.steps == sum(one.wasted for one in setting.attempts), "executed - kept, counted twice"
     return figures(setting, kills)
+
+
+def stays(names: set[str], seconds: float = 60) -> set[str]:
+    """Those of ``names`` in /dev/shm that nobody takes away: what another program is using now is none of ours."""
+    until = time.monotonic() + seconds
+    while (names := names & set(os.listdir("/dev/shm"))) and time.monotonic() < until:
+        time.sleep(0.1)
+    return names
 
 
 def alive(text: str) -> list[int]:

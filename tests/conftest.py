@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import socket
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Set before any test module imports torch or ray, which read them once.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", WANDB_MODE="offline", OMP_NUM_THREADS="1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # tests of the token set it themselves
+# Ray's own value of 15 lets any other process of this machine, such as the tests beside, starve its workers.
+os.environ.setdefault("RAY_worker_niceness", "0")
 for _name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
+
+# The lanes that take minutes come first, so that `pytest -n` does not end with one of them alone.
+LONGEST = ["ray", "tests/cluster/test_multinode.py"]
 
 
 @pytest.fixture
@@ -31,8 +39,33 @@ def find_free_port() -> int:
             return port
 
 
+@functools.cache
+def lane(file: str) -> str:
+    """The tests of a lane run one after another: a file's, since they share fixtures, and all that start Ray on this host."""
+    text = (Path(__file__).parents[1] / file).read_text()
+    return "ray" if "pytest.mark.ray" in text and "pytest.mark.root" not in text else file  # with root, on hosts of its own
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        where = lane(item.nodeid.partition("::")[0])
+        return LONGEST.index(where) if where in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
     if not os.environ.get("GRAFT_MULTINODE"):
         for item in items:
             if item.get_closest_marker("multinode"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; make multinode runs it"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Lanes, in the order of collection, for `pytest -n`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Lanes(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lane(nodeid.partition("::")[0])
+
+    config.option.loadscopereorder = False
+    return Lanes(config, log)

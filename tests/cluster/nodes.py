@@ -88,6 +88,10 @@ class Nodes:
             time.sleep(0.1)
         return node
 
+    def train_workers(self) -> list[psutil.Process]:
+        """The processes of Ray Train workers on these nodes, and on no other cluster's of this machine."""
+        return [one for node in self.started for one in node.members() if "RayTrainWorker" in " ".join(command(one))]
+
 
 @contextlib.contextmanager
 def cluster_nodes(**environment: str) -> Iterator[Nodes]:
@@ -114,7 +118,8 @@ def end(processes: Sequence[psutil.Process], how: signal.Signals) -> None:
         psutil.wait_procs(processes, timeout=20)
 
 
-def train_workers() -> list[psutil.Process]:
-    """The processes of Ray Train workers on this machine whose code comes from this checkout's tests."""
-    return [one for one in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(one.info["cmdline"] or ())]
-
+def command(process: psutil.Process) -> list[str]:
+    """Its words; none once it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.cmdline())
+    return []

@@ -22,7 +22,7 @@ import yaml
 
 from cluster.session import listens
 from data_shards import open_set
-from tests.cluster.nodes import Node, Nodes, cluster_nodes, end, train_workers
+from tests.cluster.nodes import Node, Nodes, cluster_nodes, end
 from tests.cluster.test_run import PROJECT, family
 from tests.toy import toy_recipe, toy_set, toy_tree
 from training.checkpoint import latest_valid, step_folder
@@ -142,9 +142,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             driver.trains(INTERVAL)
             seen["node joins"] = driver.after(lambda: joined.append(nodes.start(cpus=2, join=head.address)), workers=2)
             driver.trains(driver.images + INTERVAL)
-            seen["worker hangs"] = driver.after(lambda: train_workers()[0].send_signal(signal.SIGSTOP), workers=2)
+            seen["worker hangs"] = driver.after(lambda: nodes.train_workers()[0].send_signal(signal.SIGSTOP), workers=2)
             driver.trains(driver.images + INTERVAL)
-            seen["worker is killed"] = driver.after(lambda: train_workers()[0].kill(), workers=2)
+            seen["worker is killed"] = driver.after(lambda: nodes.train_workers()[0].kill(), workers=2)
             driver.trains(driver.images + INTERVAL)
             seen["node is lost"] = driver.after(lambda: joined[0].raylet().kill(), workers=1)
             driver.trains(driver.images + INTERVAL)
@@ -206,7 +206,7 @@ def test_the_data_order_goes_on_over_every_resize(story: Story) -> None:
 def test_after_max_failures_one_sentence(story: Story) -> None:
     driver = Driver(story.root, story.head.address, ("--set", "cluster.max_failures=0"))
     driver.trains(story.driver.images + 2 * INTERVAL)
-    train_workers()[0].kill()
+    story.nodes.train_workers()[0].kill()
     said = driver.ends(1)
     assert said == ("graft: pretraining stopped after 0 new starts (cluster.max_failures): rank 0 was lost (the process or its "
                     "node died); the same command goes on from the last checkpoint")

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.nodes import Node, Nodes, cluster_nodes, train_workers
+from tests.cluster.nodes import Node, Nodes, cluster_nodes
 from tests.cluster.test_faults import BATCH, INTERVAL, Driver, write_recipe
 from tests.cluster.test_run import family
 
@@ -126,7 +126,7 @@ def start_head(nodes: Nodes) -> Node:
 
 def test_two_hosts_train_together(place: Place) -> None:
     assert "workers x images: 1 x 8 or 2 x 4" in place.driver.text
-    networks = {os.stat(f"/proc/{one.pid}/ns/net").st_ino for one in train_workers()}
+    networks = {os.stat(f"/proc/{one.pid}/ns/net").st_ino for one in place.nodes.train_workers()}
     assert networks == {os.stat(f"/run/netns/{name(address)}").st_ino for address in HOSTS}, "one worker on each host"
 
 

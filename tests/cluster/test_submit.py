@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import session, submit
@@ -249,6 +249,7 @@ def test_the_package_is_small_and_holds_only_code_and_recipes(tmp_path: Path) ->
 needs = st.lists(st.sampled_from([{"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.5}]), max_size=6)
 
 
+@settings(deadline=None)
 @given(needs, st.lists(st.sampled_from([{"CPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}, {"CPU": 2.0}]), max_size=4))
 def test_what_fits_never_exceeds_the_nodes(processes: list[dict[str, float]], nodes: list[dict[str, float]]) -> None:
     if fits(processes, nodes):

@@ -53,12 +53,16 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_from_the_checkpoint_bef
     project = Path(__file__).resolve().parents[2]
     options: dict[str, Any] = {"cwd": project, "env": {**os.environ, "PYTHONPATH": str(project)}, "capture_output": True,
                                "text": True, "check": False}
-    assert subprocess.run([*command, "--set", "training.images=32"], **options).returncode == 0
+    first = subprocess.run([*command, "--set", "training.images=32"], **options)
+    assert (first.returncode, first.stderr) == (0, "")
     full = subprocess.run(command, preexec_fn=little_room, **options)
     assert full.returncode == 1
-    assert re.fullmatch(r"the checkpoint \S+step-000000000064 cannot be written \(.*File too large.*\); .*\n", full.stderr)
+    assert re.fullmatch(r"INFO goes on from 32 images\n"
+                        r"the checkpoint \S+step-000000000064 cannot be written \(.*File too large.*\); mend that, .*, "
+                        r"and the same command goes on from the checkpoint before it\.\n", full.stderr)
     assert [path.name for path in (tmp_path / "run" / "pretrain").iterdir() if path.is_dir()] == ["step-000000000032"]
-    assert subprocess.run(command, **options).returncode == 0
+    mended = subprocess.run(command, **options)
+    assert (mended.returncode, mended.stderr) == (0, "INFO goes on from 32 images\n")
     assert latest_valid(tmp_path / "run" / "pretrain") == step_folder(tmp_path / "run" / "pretrain", 64)
 
 

@@ -97,12 +97,12 @@ def test_a_gans_step_grows_with_its_penalties_and_leaves_its_networks_alone() ->
 def test_shares_are_disjoint_and_at_most_one() -> None:
     clock = Clock()
     feed = clock.each("data", iter(range(3)))
-    with clock.timed("checkpoint"):
-        time.sleep(0.03)
+    with clock.timed("checkpoint"):  # sleeps that are long beside what a busy machine adds to them
+        time.sleep(0.3)
         with clock.timed("communication"):
-            time.sleep(0.03)
+            time.sleep(0.3)
     next(feed)
-    time.sleep(0.02)
+    time.sleep(0.2)
     shares = clock.shares()
     assert shares["communication"] == 0.0, "inside a checkpoint it is the checkpoint's"
     assert 0.5 < shares["checkpoint"] < 1 and sum(shares.values()) <= 1
@@ -115,7 +115,7 @@ def communicate(world: World, kind: str, zero: int) -> dict[str, float]:
     original, clock = dist.all_reduce, Clock()
     with timed_collectives(clock):
         for _ in range(3):
-            time.sleep(0.1 * world.rank)  # rank 0 waits for it
+            time.sleep(0.5 * world.rank)  # rank 0 waits for it
             engine.backward(network(torch.ones(2, 300)).mean())
             engine.step(1e-3)
     assert dist.all_reduce is original

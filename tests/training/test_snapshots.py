@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
@@ -39,6 +39,7 @@ def save(snapshots: Snapshots, images: int, given: dict[str, Part], state: dict[
     snapshots.save(images, snapshots.gather(given, {}), state)
 
 
+@settings(deadline=None)
 @given(some.dictionaries(some.text(min_size=1), some.integers(0, 1000), max_size=9), some.integers(1, 5))
 def test_files_are_dealt_so_that_no_rank_has_much_more_than_its_share(sizes: dict[str, int], ranks: int) -> None:
     dealt = deal(sizes, ranks)

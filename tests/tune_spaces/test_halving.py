@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.toy import toy_recipe, toy_set
@@ -44,6 +44,7 @@ def test_a_failed_candidate_never_climbs_and_never_wins() -> None:
     assert halving(LADDER, {(c, 0): math.inf for c in range(4)}) == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(2, 4), st.integers(0, 10**6), st.sampled_from(sorted(SCHEDULERS)))
 def test_every_search_ends_with_the_whole_budget_spent_on_its_winner(n: int, rungs: int, reduction: int, seed: int,
                                                                      scheduler: str) -> None:
