@@ -1,12 +1,7 @@
-"""Run a function on real processes that form a gloo group, and give back what each returned.
-
-The processes are forked from a server that has imported what they all need (torch and deepspeed take seconds each time), has
-done nothing else and has one thread; they share no memory with each other or with the tests.
-"""
+"""Run a function on real processes that form a gloo group, and give back what each returned."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -16,18 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import spawn
 
 from training.world import World, destroy_group
 
-IMPORTED = ["pytest", "deepspeed", "training.pretrain", "training.engines.deepspeed", "tests.ranks", "tests.toy"]
 
-
-def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, environment: dict[str, str],
-           arguments: tuple[Any, ...]) -> None:
+def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.clear()  # the server's is that of the first test
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # as every launcher does
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # as every launcher does
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     try:
         result = function(World(rank, size), *arguments)
@@ -43,8 +34,6 @@ def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, envi
 
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     """``function(world, *arguments)`` on ``size`` processes; the results by rank. ``function`` is a module's top-level one."""
-    multiprocessing.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_entry, args=(function, size, folder, dict(os.environ), arguments), nprocs=size,
-                        start_method="forkserver")
+        spawn(_entry, args=(function, size, folder, arguments), nprocs=size)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(size)]
