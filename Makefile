@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 MARKERS ?=
-JOBS ?= 2
+JOBS ?= 0
 BENCH ?= $(filter-out __init__ scale chaos,$(basename $(notdir $(wildcard benchmarks/*.py))))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.graft-installed
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)  ## the whole demo on real data: recipes/demo.yaml
 	$(BIN)/graft run recipes/demo.yaml
 
-test: $(STAMP)  ## all tests, in two processes; make test MARKERS="not slow and not network" chooses
+test: $(STAMP)  ## all tests; MARKERS="not slow and not network" leaves some out, JOBS=2 takes two processes
 	$(BIN)/python -m pytest -n $(JOBS) $(if $(MARKERS),-m "$(MARKERS)")
 
 lint: $(STAMP)  ## ruff and mypy; nothing is changed

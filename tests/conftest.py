@@ -20,10 +20,6 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 for _name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
     os.environ.pop(_name, None)
 
-# The lanes that take minutes come first, so that `pytest -n` does not end with one of them alone.
-LONGEST = ["ray", "tests/cluster/test_multinode.py"]
-
-
 @pytest.fixture
 def free_port() -> int:
     """A TCP port on which nothing listens."""
@@ -41,17 +37,14 @@ def find_free_port() -> int:
 
 @functools.cache
 def lane(file: str) -> str:
-    """The tests of a lane run one after another: a file's, since they share fixtures, and all that start Ray on this host."""
-    text = (Path(__file__).parents[1] / file).read_text()
-    return "ray" if "pytest.mark.ray" in text and "pytest.mark.root" not in text else file  # with root, on hosts of its own
+    """The tests of a lane run one after another: a file's, since they share fixtures, and all that start Ray, since of two
+    clusters at once on two cores each loses nodes and workers that the other starves."""
+    return "ray" if "pytest.mark.ray" in (Path(__file__).parents[1] / file).read_text() else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> int:
-        where = lane(item.nodeid.partition("::")[0])
-        return LONGEST.index(where) if where in LONGEST else len(LONGEST)
-
-    items.sort(key=rank)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the lane that takes longest first
+        items.sort(key=lambda item: lane(item.nodeid.partition("::")[0]) != "ray")
     if not os.environ.get("GRAFT_MULTINODE"):
         for item in items:
             if item.get_closest_marker("multinode"):
