@@ -19,6 +19,7 @@ from cluster import cli, doctor
 from cluster.cli import main
 from cluster.errors import JobFailed
 from data_shards.errors import UserError
+from tests.toy import toy_set
 from training.config import field_paths
 from training.recipe import RECIPES_FOLDER, read_recipe
 
@@ -121,9 +122,9 @@ def test_a_dry_run_says_which_sets_would_be_fetched(elsewhere: Path, capsys: pyt
     assert main(["run", "smoke", "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "quickdraw/source, quickdraw/validation/sun not in data; would be fetched (quickdraw)" in said
-    for name in ("quickdraw/source", "quickdraw/validation/sun"):
-        (elsewhere / "data" / name).mkdir(parents=True)
-        (elsewhere / "data" / name / "manifest.json").touch()
+    toy_set(elsewhere / "data" / "quickdraw" / "source")  # opened, to try the methods on networks for its images
+    (elsewhere / "data" / "quickdraw" / "validation" / "sun").mkdir(parents=True)
+    (elsewhere / "data" / "quickdraw" / "validation" / "sun" / "manifest.json").touch()
     assert main(["run", "smoke", "--dry-run"]) == 0
     assert "all sets are in data" in capsys.readouterr().out
     assert "no set at" in mistake(capsys, "run", "smoke", "--set", "data.source=mine", "--dry-run")
@@ -234,7 +235,7 @@ def test_the_recipes_are_listed_and_every_key_is_documented(capsys: pytest.Captu
     keys = {row[0].strip("| `"): row for row in rows}
     paths = list(field_paths(Recipe))
     leaves = {key for key in paths if not any(other.startswith(f"{key}.") for other in paths)}
-    leaves.add("cluster.workers")  # a number, or a section
+    leaves |= {"cluster.workers", "data.corruption", "fanout.corruption"}  # a number or nothing, or a section
     assert set(keys) == leaves
     assert not [key for key, row in keys.items() if not row[-1].strip(" |")]
 
