@@ -52,11 +52,14 @@ bench: $(STAMP)  ## the benchmarks of benchmarks/, peers side by side; make benc
 scale: $(STAMP)  ## two million images in two thousand shards over an S3 server, packed and read once by two ranks
 	$(BIN)/python -m benchmarks.scale
 
-science: $(STAMP)  ## published results in their long form: mixtures, Stacked MNIST, likelihoods of a VAE, digits translated
+science: $(STAMP)  ## experiments in their long form: published results, verdicts where the truth is known, gain against distance
 	$(BIN)/python -m benchmarks.science.mixtures
 	$(BIN)/python -m benchmarks.science.stacked_mnist
 	$(BIN)/python -m benchmarks.science.vae
 	$(BIN)/python -m benchmarks.science.translation
+	$(BIN)/python -m benchmarks.science.known_truth
+	$(BIN)/python -m benchmarks.science.ladder gray
+	$(BIN)/python -m benchmarks.science.ladder colour
 
 chaos: $(STAMP)  ## kill a pretraining a hundred times, and a whole run twice, and compare with runs that were not killed
 	$(BIN)/python -m benchmarks.chaos
