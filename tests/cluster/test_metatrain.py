@@ -90,7 +90,7 @@ def test_over_ray_it_gives_the_bits_of_one_process_and_the_fan_out_begins_there(
 
 def test_a_meta_training_s_cost_is_that_of_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 30.0, 100.0, 150.0, 200.0, 210.0])
-    monkeypatch.setattr("cluster.run.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("cluster.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     for rule in ("reptile", "fomaml", "reptile"):
         with timed(tmp_path, "meta", rule):
             pass
