@@ -18,16 +18,19 @@ NET = "net"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def rung(source: str, distance: float, gain: float, half: float, verdict: str) -> dict[str, Any]:
-    return {"source": source, "distances": {NET: {"kid": distance, "fd": 10 * distance}}, "probe_kid": 1 - gain,
-            "scratch": {"kid_mean": 3.0},
-            "finetune": {"kid_mean": 3 - gain, "gain_over_scratch": gain, "gain_ci95": [gain - half, gain + half],
-                         "verdict": verdict}}
+def row(source: str, distance: float, probe: float) -> dict[str, Any]:
+    return {"source": source, "distances": {NET: {"kid": distance, "fd": 10 * distance}}, "probe_kid": probe}
 
 
-REPORT = {"target": "t/x", "rank_correlation": {f"kid ({NET})": 1.0, f"fd ({NET})": 1.0, "probe": None},
-          "sources": [rung("near", 0.5, 2.0, 0.5, "positive"), rung("middle", 1.0, 1.0, 1.5, "neutral"),
-                      rung("far", 2.0, -1.0, 0.25, "negative")]}
+def rung(gain: float, half: float, verdict: str) -> dict[str, Any]:
+    return {"scratch": {"kid_mean": 3.0}, "finetune": {"kid_mean": 3 - gain, "gain_over_scratch": gain,
+                                                       "gain_ci95": [gain - half, gain + half], "verdict": verdict}}
+
+
+REPORT = {"target": "t/x", "sources": [row("near", 0.5, -1.0), row("middle", 1.0, 0.0), row("far", 2.0, 2.0)],
+          "budgets": {"400": {"rank_correlation": {f"kid ({NET})": 1.0, f"fd ({NET})": 1.0, "probe": None},
+                              "rungs": {"far": rung(-1.0, 0.25, "negative"), "near": rung(2.0, 0.5, "positive"),
+                                        "middle": rung(1.0, 1.5, "neutral")}}}}
 
 
 def test_every_measure_is_read_from_the_report() -> None:
@@ -37,14 +40,15 @@ def test_every_measure_is_read_from_the_report() -> None:
 
 
 def test_the_table_says_distance_gain_and_order() -> None:
-    lines = table(REPORT).splitlines()
-    assert lines[2] == "| near | 0.5 | 5 | -1 | 3.000 | 1.000 | +2.000 [1.500, 2.500] | positive |"
-    assert all(line.count("|") == lines[0].count("|") for line in lines[:5])
-    assert lines[-1] == f"Rank correlation of nearness with gain on t/x: kid ({NET}) +1.00, fd ({NET}) +1.00."
+    lines = table(REPORT, "400").splitlines()
+    assert lines[0] == "400 images a trial, t/x:"
+    assert lines[4] == "| near | 0.5 | 5 | -1 | 3.000 | 1.000 | +2.000 [1.500, 2.500] | positive |"
+    assert all(line.count("|") == lines[2].count("|") for line in lines[2:7])
+    assert lines[-1] == f"Rank correlation of nearness with gain: kid ({NET}) +1.00, fd ({NET}) +1.00."
 
 
 def test_the_picture_stands_alone_and_puts_gains_over_distances() -> None:
-    root = ElementTree.fromstring(chart(REPORT, f"kid ({NET})"))
+    root = ElementTree.fromstring(chart(REPORT, "400", f"kid ({NET})"))
     assert root.tag == f"{SVG}svg" and root[0].tag == f"{SVG}style"
     groups = [group for group in root if (group.get("class") or "").startswith("series")]
     names = [group.findtext(f"{SVG}text") for group in groups]
@@ -67,7 +71,7 @@ def test_half_a_ladder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", LADDERS)
 def test_rungs_differ_by_their_source_alone(name: str) -> None:
-    recipes = [recipe_of(LADDERS[name], source, Path("data"), 2, {}).model_dump() for source in LADDERS[name].sources]
+    recipes = [recipe_of(LADDERS[name], source, 400, Path("data"), 2, {}).model_dump() for source in LADDERS[name].sources]
     for recipe in recipes:
         recipe["name"] = recipe["data"]["source"] = ""
     assert len(recipes) >= 3 and all(recipe == recipes[0] for recipe in recipes)
@@ -82,22 +86,26 @@ def test_three_rungs_are_runs_with_one_control(tmp_path: Path) -> None:
     images, labels = load_images(near, near.indices("train"))
     save_encoder(train_encoder(images, labels, classes=2, seed=0, images_budget=512, threads=1), tmp_path / "net.safetensors")
     small = {"training.images": 64, "training.batch": 8, "training.generator.channels": 4, "training.discriminator.channels": 4,
-             "adaptation.images": 32, "adaptation.batch": 4, "adaptation.shots": 5, "evaluation.samples": 32,
+             "adaptation.batch": 4, "adaptation.shots": 5, "evaluation.samples": 32,
              "evaluation.net": tmp_path / "net.safetensors", "fanout.seeds": 2}
     arguments = ["--target", "target", "--sources", "near", "strokes", "other", "--data", str(tmp_path), "--workers", "1",
-                 "--out", str(tmp_path / "out")]
+                 "--images", "32", "48", "--out", str(tmp_path / "out")]
     for key, value in small.items():
         arguments += ["--set", f"{key}={value}"]
     assert main(arguments) == 0
     report = json.loads((tmp_path / "out" / "ladder.json").read_text())
+    assert {each["source"] for each in report["sources"]} == {"near", "strokes", "other"}
+    seen = []
+    for budget in report["budgets"].values():
+        assert len({rung["scratch"]["kid_mean"] for rung in budget["rungs"].values()}) == 1
+        seen += [rung["finetune"]["gain_over_scratch"] for rung in budget["rungs"].values()]
+        assert set(budget["rank_correlation"]) == set(measures(report))
+        assert all(abs(value) <= 1 for value in budget["rank_correlation"].values())
+    assert list(report["budgets"]) == ["32", "48"] and len(set(seen)) == 6
     controls = []
-    for row in report["sources"]:
-        board = json.loads((tmp_path / "out" / row["source"] / "leaderboard.json").read_text())
+    for name in ("near", "strokes", "other"):
+        board = json.loads((tmp_path / "out" / name / "leaderboard.json").read_text())
         controls.append([each["kid"] for each in board["rows"] if each["method"] == "scratch" and each["phase"] == "final"])
-        assert row["gain_over_scratch"] == row["finetune"]["gain_over_scratch"] != 0
     assert controls[0] == controls[1] == controls[2] and len(set(controls[0])) == 2
-    assert {row["source"] for row in report["sources"]} == {"near", "strokes", "other"}
-    assert len({row["gain_over_scratch"] for row in report["sources"]}) == 3
-    assert all(abs(value) <= 1 for value in report["rank_correlation"].values())
     pictures = sorted((tmp_path / "out").glob("gain-*.svg"))
-    assert len(pictures) == 2 and all("near" in picture.read_text() for picture in pictures)
+    assert len(pictures) == 4 and all("near" in picture.read_text() for picture in pictures)
