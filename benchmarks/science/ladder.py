@@ -5,8 +5,8 @@
     python -m benchmarks.science.ladder --target SET --sources SET SET SET ...
 
 One target, several sources, near ones to far ones. Each rung is an ordinary `graft run` in a folder of its own: pretraining of
-the same budget on the source, then scratch against fine-tuning under 5 seeds at each of some equal budgets (--images), scored in
-a net that belongs to none of the sources. The control's trials are the same in all runs, so that gains differ by the source
+the same budget on the source, then scratch against fine-tuning under 5 seeds at each of some equal budgets (--images), scored
+in a net that belongs to none of the sources. The control's trials are the same in all runs, so that gains differ by the source
 alone. Then `graft sources rank` measures the distance from each source to the target's support pool, and a short fine-tuning
 with --probe.
 
@@ -99,7 +99,7 @@ def climb(ladder: Ladder, root: Path, out: Path, budgets: Sequence[int], *, work
     ranked = rank_sources(set_place(recipe.data, ladder.target), runs, nets=[recipe.evaluation.net], limit=LIMIT,
                           probe_images=probe)
     report = {"target": ranked["target"], "probe": ranked["probe"], "budgets": found,
-              "sources": [{key: value for key, value in row.items() if key != "gain_over_scratch"} for row in ranked["sources"]]}
+              "sources": [{key: row[key] for key in row if key != "gain_over_scratch"} for row in ranked["sources"]]}
     for budget in found.values():
         budget["rank_correlation"] = {
             measure: rank_correlation([values[name] for name in budget["rungs"]],
