@@ -9,7 +9,7 @@ Targets: MNIST digits turned by 30 and by 90 degrees, 100 images to train on. So
     fresh    no source at all, networks as they are made, by another seed than the control's: neutral but for the rate of false
              verdicts, 5 in 100. Each seed has fresh weights of its own: control and method differ by a draw and nothing else
 
-For each run seed: pretraining, the plan of a fan-out, its trials over 5 seeds, Holm-corrected verdicts, all by the code of
+For each run seed: pretraining, the plan of a fan-out, its trials over 10 seeds, Holm-corrected verdicts, all by the code of
 `graft run`, in this process without Ray. The sources of a run seed have the control's trials in common. The feature net is a
 classifier of further digits, turned as the targets are: the encoder that a run trains on its own source would know digits in
 one run and nothing in the other, where noise has no classes. --again scores the trials of the first run seed in a further net.
@@ -63,10 +63,11 @@ class Form:
     pool: int = 500
     reference: int = 500
     channels: int = 16
-    pretraining: int = 20_480  # seen by it
+    pretraining: int = 61_440  # seen by it
     shots: int = 100
     images: int = 1600  # seen by a trial
     samples: int = 300
+    seeds: int = 10  # of a verdict
 
 
 def recipe_of(form: Form, root: Path, source: str, seed: int) -> Recipe:
@@ -82,7 +83,7 @@ def recipe_of(form: Form, root: Path, source: str, seed: int) -> Recipe:
                        "ema_halflife_images": 200},
         "evaluation": {"net": str(root / "encoder.safetensors"), "samples": form.samples},
         "fanout": {"targets": [{"set": domain(each)} for each in form.degrees], "methods": ["scratch", "finetune"],
-                   "candidates": 1, "rungs": 1, "seeds": 5},
+                   "candidates": 1, "rungs": 1, "seeds": form.seeds},
         "wandb": {"mode": "disabled"}})
 
 

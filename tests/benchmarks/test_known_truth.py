@@ -14,9 +14,9 @@ from data_shards import Sample, ShardSet, fetch, load_images, open_set, pack_ima
 
 # The networks, the rates and the trials' budget of the long form.
 SHORT = Form(degrees=(30,), source=6000, encoder=6000, encoder_images=10_000, pool=250, reference=250, pretraining=14_336,
-             samples=100)
+             samples=100, seeds=5)
 TINY = Form(degrees=(90, 180), source=300, encoder=300, encoder_images=320, pool=150, reference=150, channels=4, pretraining=64,
-            images=48, shots=20, samples=32)
+            images=48, shots=20, samples=32, seeds=3)
 
 
 def small_digits(folder: Path) -> ShardSet:
