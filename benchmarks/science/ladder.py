@@ -53,7 +53,7 @@ class Ladder:
 
 LADDERS = {
     "gray": Ladder("kanjivg/target", ("kanjivg/source", "quickdraw/source", "mnist/source", "fashion-mnist/source")),
-    "colour": Ladder("emoji/twitter-target", ("emoji/google", "cifar10/source", "histology/tcga")),
+    "colour": Ladder("emoji/twitter-target", ("emoji/google", "cifar10/animals", "histology/tcga")),
 }
 
 

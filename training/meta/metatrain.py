@@ -156,14 +156,15 @@ def check_tasks(recipe: TrainingRecipe, source: ShardSet) -> None:
     """Raises `UserError` when a class of the source cannot be a task of the recipe's meta-training."""
     config, classes = recipe.meta, source.manifest.classes
     if len(classes) < 2:
-        raise UserError(f"the source set {source.place} has {len(classes)} classes, and meta-training takes its tasks from them; "
-                        f"pack it with one subfolder per class, or leave the methods that start from meta-learned weights out.")
+        raise UserError(f"the source set {source.place} has {len(classes)} classes, and meta-training takes its tasks from "
+                        "them; pack it with one subfolder per class, or leave the methods that start from meta-learned weights "
+                        "out.")
     labels = source.samples["label"][source.indices()]
     sizes = np.bincount(labels[labels >= 0], minlength=len(classes))
     queries = config.queries if RULES[config.rule].queries else 0
     if config.shots + queries > sizes.min():
-        raise UserError(f"meta.shots = {config.shots} and {queries} queries need {config.shots + queries} images of every class, and "
-                        f"{source.place} has {sizes.min()} of {classes[int(sizes.argmin())]!r}; ask for fewer.")
+        raise UserError(f"meta.shots = {config.shots} and {queries} queries need {config.shots + queries} images of every "
+                        f"class, and {source.place} has {sizes.min()} of {classes[int(sizes.argmin())]!r}; ask for fewer.")
 
 
 def draw_tasks(recipe: TrainingRecipe, source: ShardSet, step: int) -> list[Task]:
