@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
@@ -302,12 +303,13 @@ def wait_job(job: Job, address: Dashboard = None,
 
 @recipes.command("list", epilog="Example: graft recipes list")
 def list_recipes() -> None:
-    """The recipes that come with graft, each with the first line of its file."""
+    """The recipes that come with graft, each with the first sentence of its file."""
     from training.recipe import RECIPES_FOLDER
 
     for path in sorted(RECIPES_FOLDER.glob("*.yaml"), key=lambda path: path.stem):
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{path.stem:32} {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+        comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        sentence, end, _ = " ".join(line.lstrip("# ") for line in comment).partition(". ")
+        print(f"{path.stem:32} {sentence}{end}".rstrip())
 
 
 @recipes.command(epilog="Example: graft recipes show demo --set training.batch=32")

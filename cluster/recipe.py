@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_shards.errors import UserError
-from training.config import Config, operational
+from training.config import Config, apply_overrides, build, operational
 from training.families import FAMILIES
 from training.objectives.packing import check_packing
-from training.recipe import TrainingRecipe, check_groups, per_worker_batch
+from training.recipe import AdaptationConfig, TrainingRecipe, check_groups, per_worker_batch
 from tune_spaces.config import FanoutConfig
+from tune_spaces.space import ends
 
 
 class WorkerRange(Config):
@@ -125,6 +126,15 @@ class Recipe(TrainingRecipe):
             if METHODS[name].start != "scratch":
                 raise ValueError(f"the method {name} begins from other weights, which the family {self.training.family} has no "
                                  "use for, since it is fitted at once; leave it out of fanout.methods")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_and_space_are_values(self) -> Any:
+        fanout, tree = self.fanout, self.adaptation.model_dump(mode="json")
+        tried = [(f"fanout.settings.{method}", values) for method, values in fanout.settings.items()]
+        tried += [("fanout.space", {name: value}) for name, axis in fanout.space.items() for value in ends(axis)]
+        for where, values in tried:
+            build(AdaptationConfig, apply_overrides(tree, values), where=where)
         return self
 
     @model_validator(mode="after")

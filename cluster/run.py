@@ -17,7 +17,7 @@ from cluster.pretrain import pretrain_on_ray
 from cluster.progress import console, progress, timed
 from cluster.recipe import Recipe
 from cluster.session import preflight, ray_session
-from cluster.sets import absent, encoder_set, missing_sets, named_sets, ready_sets
+from cluster.sets import absent, check_sets, encoder_set, missing_sets, named_sets, ready_sets
 from data_shards import ShardSet, load_images, open_set
 from data_shards.errors import UserError
 from data_shards.files import write_json
@@ -25,7 +25,7 @@ from training.checkpoint import checkpoint_hash, latest_valid
 from training.events import read_events
 from training.families import FAMILIES
 from training.meta import RULES
-from training.meta.metatrain import finished_meta, meta_id
+from training.meta.metatrain import check_tasks, finished_meta, meta_id
 from training.meta.rule import chosen as meta_weights
 from training.methods import METHODS
 from training.metrics.encoder import load_encoder, save_encoder, train_encoder
@@ -37,7 +37,7 @@ from training.rehearsal import rehearse
 from training.source import open_cached, set_place
 from training.target import load_target, support_keys
 from training.world import World, device, has_bf16
-from tune_spaces.plan import Race, Start, count_jobs, races
+from tune_spaces.plan import Race, Start, count_all_jobs, count_jobs, races
 from tune_spaces.space import fair_count
 
 STAGES = ("shards", "pretrain", "encoder", "metatrain", "fanout", "report")
@@ -58,8 +58,9 @@ def run(recipe: Recipe, out: Path, *, stages: tuple[str, ...] | None = None, add
     if dry_run:
         for line in absent(recipe) if "shards" in chosen else ():
             console.print(line, markup=False)
-        if "fanout" in chosen and recipe.data.source not in set().union(*missing_sets(recipe).values()):
-            rehearse_methods(recipe, open_set(set_place(recipe.data, recipe.data.source)))
+        there = check_sets(recipe, set().union(*missing_sets(recipe).values()))
+        if "fanout" in chosen and there:
+            rehearse_methods(recipe, there)
         return
     source = ready_sets(recipe) if "shards" in chosen else open_set(set_place(recipe.data, recipe.data.source))
     if "fanout" in chosen:
@@ -117,7 +118,7 @@ def derived(recipe: Recipe, out: Path) -> Iterator[str]:
         count = fair_count(fanout.space, fanout.methods, fanout.candidates)
         yield (f"  fan-out   {len(list(fanout.domains()))} domains x {len(fanout.methods)} methods x ({count} candidates by "
                f"{fanout.scheduler}, then {fanout.seeds} seeds) of {recipe.adaptation.images} images; "
-               f"{recipe.adaptation.shots} shots")
+               f"{recipe.adaptation.shots} shots; {count_all_jobs(fanout, recipe.seed)} trial jobs")
     if not FAMILIES[recipe.training.family].drawn:
         yield f"  scores    {recipe.evaluation.net}, {recipe.evaluation.samples} samples"
 
@@ -132,8 +133,10 @@ def rehearse_methods(recipe: Recipe, source: ShardSet) -> None:
         return
     shape = source.manifest.image_shape
     for method in recipe.fanout.methods:
-        rehearse(method, recipe, shape)
+        own = {f"adaptation.{name}": value for name, value in recipe.fanout.settings.get(method, {}).items()}
+        rehearse(method, recipe, shape, own)
     for one in meta_recipes(recipe):
+        check_tasks(one, source)
         networks = make_networks(recipe.training, shape, recipe.seed)
         RULES[one.meta.rule].refuse(recipe.training.family, networks)
         meta_weights(networks, one.meta.inner_parts)

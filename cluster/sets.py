@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from cluster.progress import console, timed
@@ -11,6 +11,7 @@ from data_shards import DATASETS, ShardSet, fetch, open_set
 from data_shards.errors import UserError
 from data_shards.parts import check_shapes
 from training.families import FAMILIES
+from training.pretrain import check_classes
 from training.source import domain_b, set_place, source_parts, source_sets
 from training.target import for_target, load_target
 
@@ -49,26 +50,43 @@ def absent(recipe: Recipe) -> Iterator[str]:
 
 
 def ready_sets(recipe: Recipe) -> ShardSet:
-    """Fetch the known datasets that are not there yet and open every set that the recipe names; returns the source.
+    """Fetch the known datasets that are not there yet and check every set that the recipe names; returns the source.
 
     Raises:
-        UserError: for a set that is neither there nor part of a known dataset, and for one too small for the shots.
+        UserError: for a set that is neither there nor part of a known dataset, and what `check_sets` says.
     """
     for dataset, wanted in missing_sets(recipe).items():
         console.print(f"shards    fetching {', '.join(sorted(wanted))}")
         with timed(None, "shards"):
             fetch(dataset, recipe.data.root, only=wanted)
-    source = open_set(set_place(recipe.data, recipe.data.source))
-    check_shapes(source_parts(recipe.data, source))
-    domain_b(recipe.data, source)
-    if recipe.fanout.targets or recipe.evaluation.during_pretraining:
-        encoder_set(recipe, source)
+    source = check_sets(recipe)
+    assert source is not None
+    return source
+
+
+def check_sets(recipe: Recipe, missing: Collection[str] = ()) -> ShardSet | None:
+    """Open every set of the recipe but those in ``missing``, and see whether they suit it and each other; returns the source.
+
+    Raises:
+        UserError: for classes, labels, shapes or sizes that the recipe cannot be run on.
+    """
+    source = None
+    if not set(source_sets(recipe.data)) & set(missing):
+        source = open_set(set_place(recipe.data, recipe.data.source))
+        check_classes(recipe, source)
+        check_shapes(source_parts(recipe.data, source))
+        domain_b(recipe.data, source)
+        taught = recipe.evaluation.encoder_source or recipe.data.source
+        if taught not in missing and (recipe.fanout.targets or recipe.evaluation.during_pretraining):
+            encoder_set(recipe, source)
     for target in recipe.fanout.targets:
+        if target.set in missing:
+            continue
         load_target(set_place(recipe.data, target.set), recipe.adaptation.shots, recipe.seed)
         images = open_set(set_place(recipe.data, target.set))
         for_target(recipe, images)
         shape = images.manifest.image_shape
-        if shape != source.manifest.image_shape:
+        if source and shape != source.manifest.image_shape:
             raise UserError(f"the target set {target.set} has images of shape {shape} and the source "
                             f"{source.manifest.image_shape}; pack it with the source's --size and --channels.")
     return source

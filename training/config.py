@@ -154,6 +154,8 @@ def _explain(model: type[Config], error: Any) -> str:
     if error["type"] == "missing":
         return f"the key {dotted!r} is missing; add it."
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if error["type"] in ("tuple_type", "list_type"):
+        message = "a list is needed, such as [a, b]"
     if message.split()[0][1:].islower():  # R1 and ZeRO stay as they are
         message = message[0].lower() + message[1:]
     value = "" if isinstance(error["input"], dict | Config) else f" = {error['input']!r}"  # a whole section says nothing

@@ -61,8 +61,8 @@ class FanoutConfig(Config):
         description="searched fields of `adaptation`: a list of values, {uniform: [a, b]} or {loguniform: [a, b]}; a method "
                     "varies only those that it reads")
     settings: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="fields of `adaptation` that a method has otherwise, such as {reptile: {lr: 1e-3}}; "
-                                          "what the space searches goes before")
+        default_factory=dict,
+        description="a method's own values for fields of `adaptation` that it can search, such as {reptile: {lr: 1e-3}}")
     candidates: int = Field(4, ge=1, description="search trials of each method in each domain, the control's included")
     rungs: int = Field(2, ge=1, description="rungs of successive halving; the last one is the whole budget")
     reduction: int = Field(2, ge=2, description="of each rung, one in so many goes on; budgets grow by the same factor")
@@ -79,6 +79,8 @@ class FanoutConfig(Config):
         for name in methods:
             if name not in METHODS:
                 raise ValueError(f"there is no method {name!r}; known: {', '.join(METHODS)}")
+            if methods.count(name) > 1:
+                raise ValueError(f"the method {name} is named twice; name each once")
         return methods if "scratch" in methods else ("scratch", *methods)
 
     @field_validator("space")
@@ -109,6 +111,11 @@ class FanoutConfig(Config):
         for domain in domains:
             if domains.count(domain) > 1:
                 raise ValueError(f"two targets are called {domain!r}; give one of them another name")
+        for method, values in self.settings.items():
+            for name in values:
+                if name in self.space:
+                    raise ValueError(f"settings give the method {method} {name} = {values[name]!r}, and the space searches "
+                                     f"{name}; take it out of one of them")
         if self.candidates < self.reduction ** (self.rungs - 1):
             raise ValueError(f"{self.candidates} candidates are too few for {self.rungs} rungs that keep one in "
                              f"{self.reduction}; use at least {self.reduction ** (self.rungs - 1)}")

@@ -63,16 +63,14 @@ Rows = Mapping[str, Mapping[str, Any]]
 def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Start]) -> list[Race]:
     """One race per domain and method, ``starts`` by `Method.weights`. Seeds, support sets and latents are the same for every
     method of a domain."""
-    count = fair_count(fanout.space, fanout.methods, fanout.candidates)
     found = []
     for domain in fanout.domains():
         path = set_place(recipe.data, domain.set)
         for method in fanout.methods:
             make = functools.partial(_named, recipe, domain, path, method, starts.get(METHODS[method].weights))
             own = {f"adaptation.{name}": value for name, value in fanout.settings.get(method, {}).items()}
-            drawn = [{**own, **values} for values in candidates(fanout.space, method, count, recipe.seed)]
-            ladder = Ladder(len(drawn), min(fanout.rungs, 1 + int(math.log(len(drawn), fanout.reduction) + 1e-9)),
-                            fanout.reduction)
+            drawn = [{**own, **values} for values in searched(fanout, method, recipe.seed)]
+            ladder = ladder_of(fanout, len(drawn))
             budgets = tuple(ladder.budget(rung, recipe.adaptation.images, recipe.adaptation.batch)
                             for rung in range(ladder.rungs))
             found.append(Race(
@@ -81,6 +79,16 @@ def races(recipe: TrainingRecipe, fanout: FanoutConfig, starts: Mapping[str, Sta
                 finals=tuple(tuple(make(recipe.seed + 1 + i, "final", values) for i in range(fanout.seeds))
                              for values in drawn)))
     return found
+
+
+def searched(fanout: FanoutConfig, method: str, seed: int) -> list[dict[str, Any]]:
+    """A method's candidates; as many as every other method's that searches."""
+    return candidates(fanout.space, method, fair_count(fanout.space, fanout.methods, fanout.candidates), seed)
+
+
+def ladder_of(fanout: FanoutConfig, count: int) -> Ladder:
+    """The rungs of ``count`` candidates, no more than can be told apart."""
+    return Ladder(count, min(fanout.rungs, 1 + int(math.log(count, fanout.reduction) + 1e-9)), fanout.reduction)
 
 
 def _named(recipe: TrainingRecipe, domain: Domain, path: str, method: str, start: Start | None, seed: int,
@@ -128,4 +136,14 @@ def final_trials(race: Race, rows: Rows) -> tuple[Named, ...]:
 
 def count_jobs(race: Race) -> int:
     """Jobs of a race when no candidate fails: each rung's members, and the seeds."""
-    return sum(race.ladder.size(rung) for rung in range(race.ladder.rungs)) + len(race.finals[0])
+    return _jobs(race.ladder, len(race.finals[0]))
+
+
+def count_all_jobs(fanout: FanoutConfig, seed: int) -> int:
+    """Those of all races together."""
+    return len(list(fanout.domains())) * sum(_jobs(ladder_of(fanout, len(searched(fanout, method, seed))), fanout.seeds)
+                                             for method in fanout.methods)
+
+
+def _jobs(ladder: Ladder, finals: int) -> int:
+    return sum(ladder.size(rung) for rung in range(ladder.rungs)) + finals

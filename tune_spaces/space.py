@@ -27,6 +27,11 @@ def check_axis(name: str, axis: Axis) -> None:
         raise ValueError(f"the bounds of {name} must rise, and be positive under loguniform")
 
 
+def ends(axis: Axis) -> list[Any]:
+    """The values of a list, or the bounds of an interval."""
+    return axis if isinstance(axis, list) else list(next(iter(axis.values())))
+
+
 def candidates(space: Mapping[str, Axis], method: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Up to ``count`` different settings of the axes that ``method`` reads, as dotted recipe keys.
 

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks.science.ladder import LADDERS, chart, main, measures, recipe_of, table
-from data_shards import load_images
+from data_shards import DATASETS, load_images
+from data_shards.datasets.download import get_archive
 from tests.toy import stroke_set, toy_set
 from training.metrics.encoder import save_encoder, train_encoder
 
@@ -75,6 +76,15 @@ def test_rungs_differ_by_their_source_alone(name: str) -> None:
     for recipe in recipes:
         recipe["name"] = recipe["data"]["source"] = ""
     assert len(recipes) >= 3 and all(recipe == recipes[0] for recipe in recipes)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("dataset", sorted({name.partition("/")[0] for each in LADDERS.values()
+                                            for name in (each.target, *each.sources)}))
+def test_the_sets_of_a_ladder_are_those_of_their_datasets(dataset: str) -> None:
+    plans = {plan.name for plan in DATASETS[dataset].sets(get_archive(DATASETS[dataset].archive))}
+    named = {name for each in LADDERS.values() for name in (each.target, *each.sources) if name.startswith(f"{dataset}/")}
+    assert named and named <= plans
 
 
 @pytest.mark.slow

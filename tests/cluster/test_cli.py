@@ -122,9 +122,8 @@ def test_a_dry_run_says_which_sets_would_be_fetched(elsewhere: Path, capsys: pyt
     assert main(["run", "smoke", "--dry-run"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "quickdraw/source, quickdraw/validation/sun not in data; would be fetched (quickdraw)" in said
-    toy_set(elsewhere / "data" / "quickdraw" / "source")  # opened, to try the methods on networks for its images
-    (elsewhere / "data" / "quickdraw" / "validation" / "sun").mkdir(parents=True)
-    (elsewhere / "data" / "quickdraw" / "validation" / "sun" / "manifest.json").touch()
+    toy_set(elsewhere / "data" / "quickdraw" / "source")
+    toy_set(elsewhere / "data" / "quickdraw" / "validation" / "sun", seed=1)
     assert main(["run", "smoke", "--dry-run"]) == 0
     assert "all sets are in data" in capsys.readouterr().out
     assert "no set at" in mistake(capsys, "run", "smoke", "--set", "data.source=mine", "--dry-run")
@@ -227,7 +226,8 @@ def test_the_recipes_are_listed_and_every_key_is_documented(capsys: pytest.Captu
     from cluster.recipe import Recipe
 
     assert main(["recipes", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == RECIPES
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == RECIPES and all(line.endswith(".") for line in listed)
     assert main(["recipes", "schema"]) == 0
     assert set(json.loads(capsys.readouterr().out)["properties"]) == set(Recipe.model_fields)
     assert main(["recipes", "schema", "--markdown"]) == 0

@@ -14,7 +14,7 @@ from tests.toy import toy_recipe, toy_set
 from training.methods import METHODS
 from tune_spaces.config import FanoutConfig, TargetConfig
 from tune_spaces.halving import SCHEDULERS, Ladder, asha, halving, winner
-from tune_spaces.plan import races
+from tune_spaces.plan import count_all_jobs, count_jobs, races
 from tune_spaces.space import Axis, candidates, fair_count
 
 LADDER = Ladder(candidates=4, rungs=3, reduction=2)
@@ -101,6 +101,8 @@ def test_intervals_are_drawn_within_their_bounds() -> None:
     ({"space": {"lr": []}}, "at least one and different"), ({"space": {"lr": {"loguniform": [0, 1]}}}, "positive"),
     ({"candidates": 2, "rungs": 3}, "too few for 3 rungs"), ({"settings": {"cd": {"lr": 1}}}, "there is no method 'cd'"),
     ({"settings": {"finetune": {"ewc.weight": 1}}}, "finetune reads no 'ewc.weight'; it reads lr, r1"),
+    ({"methods": ["scratch", "bsa", "bsa"]}, "bsa is named twice"),
+    ({"settings": {"cdc": {"lr": 1e-3}}, "space": {"lr": [1e-4]}}, "the method cdc lr = 0.001, and the space searches lr"),
     ({"targets": [{"set": "a/x"}, {"set": "b/x"}]}, "two targets are called 'x'")])
 def test_a_wrong_fan_out_is_refused(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -112,12 +114,24 @@ def test_a_methods_own_settings_are_those_of_all_its_trials(tmp_path: Path) -> N
     toy_set(tmp_path / "target", train=24, reference=24)
     fanout = FanoutConfig.model_validate({
         "targets": [{"set": "target"}], "methods": ["scratch", "structure", "density"], "space": {"r1": [1.0, 2.0]},
-        "settings": {"scratch": {"lr": 3e-4, "r1": 9.0}}, "candidates": 2, "rungs": 1})
+        "settings": {"scratch": {"lr": 3e-4}}, "candidates": 2, "rungs": 1})
     scratch, structure, _ = races(toy_recipe(tmp_path), fanout, {})
     assert [named.trial.hyperparameters for named in scratch.search] == [
         {"adaptation.lr": 3e-4, "adaptation.r1": 1.0}, {"adaptation.lr": 3e-4, "adaptation.r1": 2.0}]
     assert [named.trial.hyperparameters for named in structure.search] == [{}]
     assert all(named.trial.hyperparameters["adaptation.lr"] == 3e-4 for seeds in scratch.finals for named in seeds)
+
+
+@pytest.mark.parametrize(("candidates", "rungs", "scheduler"), [(1, 1, "halving"), (4, 2, "asha"), (5, 3, "halving")])
+def test_all_jobs_are_counted_before_there_are_races(tmp_path: Path, candidates: int, rungs: int, scheduler: str) -> None:
+    toy_set(tmp_path / "source")
+    toy_set(tmp_path / "target", train=24, reference=24)
+    fanout = FanoutConfig.model_validate({
+        "targets": [{"set": "target"}], "methods": ["scratch", "structure", "density"],
+        "space": {"r1": [1.0, 2.0, 3.0, 4.0, 5.0]},
+        "candidates": candidates, "rungs": rungs, "seeds": 3, "scheduler": scheduler,
+        "corruption": {"kind": "noise", "shares": [0, 0.5]}})
+    assert count_all_jobs(fanout, 0) == sum(map(count_jobs, races(toy_recipe(tmp_path), fanout, {})))
 
 
 def test_scratch_is_always_among_the_methods_and_names_are_safe_folders() -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,13 +152,25 @@ def meta_id(recipe: TrainingRecipe, start_sha256: str, source: ShardSet) -> str:
     return f"{recipe.meta.rule}-{identity}"
 
 
+def check_tasks(recipe: TrainingRecipe, source: ShardSet) -> None:
+    """Raises `UserError` when a class of the source cannot be a task of the recipe's meta-training."""
+    config, classes = recipe.meta, source.manifest.classes
+    if len(classes) < 2:
+        raise UserError(f"the source set {source.place} has {len(classes)} classes, and meta-training takes its tasks from "
+                        "them; pack it with one subfolder per class, or leave the methods that start from meta-learned weights "
+                        "out.")
+    labels = source.samples["label"][source.indices()]
+    sizes = np.bincount(labels[labels >= 0], minlength=len(classes))
+    queries = config.queries if RULES[config.rule].queries else 0
+    if config.shots + queries > sizes.min():
+        raise UserError(f"meta.shots = {config.shots} and {queries} queries need {config.shots + queries} images of every "
+                        f"class, and {source.place} has {sizes.min()} of {classes[int(sizes.argmin())]!r}; ask for fewer.")
+
+
 def draw_tasks(recipe: TrainingRecipe, source: ShardSet, step: int) -> list[Task]:
-    """The tasks of outer step ``step``: classes drawn without repetition within the step."""
+    """The tasks of outer step ``step``: no class is drawn again within it before all have been."""
     config = recipe.meta
     classes = len(source.manifest.classes)
-    if classes < 2:
-        raise UserError(f"the source set {source.path} has {classes} classes, and meta-training takes its tasks from them; "
-                        f"pack it with one subfolder per class, or leave the methods that start from meta-learned weights out.")
     order = torch.randperm(classes, generator=generator(recipe.seed, "meta tasks", step))
     seeds = torch.randint(0, 2**31, (config.tasks,), generator=generator(recipe.seed, "meta support", step))
     return [Task(str(source.path), int(order[i % classes]), int(seeds[i])) for i in range(config.tasks)]
@@ -191,6 +204,7 @@ def metatrain(recipe: TrainingRecipe, source: ShardSet, run: Path, start: Path, 
                         "the methods that start from meta-learned weights out.")
     if done := finished_meta(folder, config):
         return done
+    check_tasks(recipe, source)
     networks = make_networks(recipe.training, source.manifest.image_shape, 0)
     RULES[config.rule].refuse(recipe.training.family, networks)
     chosen(networks, config.inner_parts)

@@ -104,7 +104,7 @@ def load_feature_net(name: str, path: str | Path | None = None, device: str | to
         return FEATURE_NETS[name](path, torch.device(device))
     if Path(name).suffix in FILE_NETS:
         return FILE_NETS[Path(name).suffix](Path(name), torch.device(device))
-    raise UserError(f"There is no feature net {name!r}; choose one of {', '.join(sorted(FEATURE_NETS))}, or give the path of a "
+    raise UserError(f"there is no feature net {name!r}; choose one of {', '.join(sorted(FEATURE_NETS))}, or give the path of a "
                     f"file that ends in {', '.join(FILE_NETS)}.")
 
 

@@ -52,7 +52,7 @@ def load_program(path: Path, device: torch.device) -> Program:
         UserError: no such file, one that is no such program, or settings that are missing or wrong.
     """
     if not path.is_file():
-        raise UserError(f"There is no feature net at {path}; check the path.")
+        raise UserError(f"there is no feature net at {path}; check the path.")
     content, beside = path.read_bytes(), path.with_name(f"{path.name}.json")
     given: Any = {}
     if beside.is_file():
