@@ -142,7 +142,8 @@ def chart(report: Mapping[str, Any], images: str, measure: str) -> str:
     """An SVG for one budget: each source's gain and interval over its distance, named."""
     values, rungs = measures(report)[measure], report["budgets"][images]["rungs"]
     gains = {name: (rung["finetune"]["gain_over_scratch"], *rung["finetune"]["gain_ci95"]) for name, rung in rungs.items()}
-    series = [Series(row["source"].removesuffix("-source"), style % len(COLOURS), [Point(values[row["source"]], *gains[row["source"]])])
+    series = [Series(row["source"].removesuffix("-source"), style % len(COLOURS),
+                     [Point(values[row["source"]], *gains[row["source"]])])
               for style, row in enumerate(report["sources"])]
     drawn = str(line_chart(series, title=f"gain over {measure}, {images} images a trial", y_label="gain over scratch, KID",
                            x_label=f"{measure} from source to {report['target']}"))
